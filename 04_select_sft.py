@@ -1,0 +1,160 @@
+"""Stage 4: choose one trace a pair for each arm, and fit one user model an arm.
+
+Recon-Select is the arm `recon`: the trace with the best reconstruction score. The user model learns
+context -> <think> trace </think> action, so that at test time it thinks for itself before it acts.
+
+    in     RUN/pairs.jsonl, RUN/scores.jsonl
+    out    RUN/traces/ARM.jsonl     id, trace, k (which candidate), score, leak
+           RUN/models/ARM/          a LoRA adapter on the base model
+
+The arms: none (no trace at all), backward (candidate 0, unselected: Backward Synthesis), recon (best score); and, by
+--arms, controls: shuffled (recon's trace of another pair), longest, worst (lowest score).
+
+How to run it:
+
+    python 04_select_sft.py
+    python 04_select_sft.py --arms shuffled --score likelihood
+
+Departures from the paper: training settings are not public; these are common ones for LoRA. One model serves all
+people of the run, told apart by their id in the prompt. A candidate that leaks a 4-gram of the action is chosen only
+if all of a pair's candidates do.
+"""
+
+import argparse
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import (Group, Row, add_adapter, check_record, closing_line, dump_row, load_model, made_with, packed_logprobs, progress,
+                    read_rows, save_adapter, seed_of, stage_arguments, stop, user_completion, user_prompt, write_output)
+
+ARMS = ("none", "backward", "recon", "shuffled", "longest", "worst")
+
+
+def choose_trace(arm: str, row: Row, score: str) -> Row:
+    """The trace row {id, trace, k, score, leak} of an arm for one scored pair; ties go to the earlier candidate."""
+    candidates = row["candidates"]
+    if arm == "none":
+        return {"id": row["id"], "trace": None, "k": None, "score": row["baseline"].get(score), "leak": 0.0}
+    if arm == "backward":
+        k = 0
+    else:
+        scored = [k for k, candidate in enumerate(candidates) if candidate["scores"].get(score) is not None]
+        if not scored:
+            stop(f"pair {row['id']} has no candidate with the score {score!r}; run 03_reconstruct_score.py with that scorer")
+        honest = [k for k in scored if candidates[k]["leak"] == 0]
+        if not honest:
+            least = min(candidates[k]["leak"] for k in scored)
+            honest = [k for k in scored if candidates[k]["leak"] == least]
+        worth = {"longest": lambda k: candidates[k]["tokens"], "worst": lambda k: -candidates[k]["scores"][score]}
+        k = max(honest, key=worth.get(arm, lambda k: candidates[k]["scores"][score]))
+    chosen = candidates[k]
+    return {"id": row["id"], "trace": chosen["trace"], "k": k, "score": chosen["scores"].get(score), "leak": chosen["leak"]}
+
+
+def choose_traces(arm: str, rows: Sequence[Row], score: str, seed: int) -> list[Row]:
+    """The trace rows of an arm. `shuffled` moves each selected trace to the next pair of a random cycle."""
+    chosen = [choose_trace(arm, row, score) for row in rows]
+    if arm == "shuffled":
+        order = random.Random(seed).sample(range(len(rows)), len(rows))
+        moved = {target: chosen[source] for source, target in zip(order, order[1:] + order[:1])}
+        chosen = [moved[place] | {"id": row["id"]} for place, row in enumerate(rows)]
+    return chosen
+
+
+def user_example(tokenizer: Any, pair: Row, trace: str | None) -> Group:
+    """(prompt ids, [completion ids]) of one training example; the loss covers the completion, all of it and no more."""
+    return user_prompt(tokenizer, pair, thinking=trace is not None), [user_completion(tokenizer, trace, pair["action"])]
+
+
+def completion_loss(model: Any, examples: Sequence[Group], total_tokens: int) -> torch.Tensor:
+    """Cross-entropy of the completions, summed over their tokens and divided by `total_tokens`, in nats a token."""
+    logprobs = packed_logprobs(model, examples)
+    return -sum(part.sum() for parts in logprobs for part in parts) / total_tokens
+
+
+def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("fitting a user model")
+    group.add_argument("--rank", type=int, default=16, help="LoRA rank; alpha is twice that (default: %(default)s)")
+    group.add_argument("--epochs", type=int, default=2, help="passes over the training pairs (default: %(default)s)")
+    group.add_argument("--batch", type=int, default=2, help="pairs an optimizer step (default: %(default)s)")
+    group.add_argument("--fit-lr", type=float, default=1e-3, help="peak learning rate of AdamW, after 10%% warm-up, falling linearly to 0; 2e-4 suits a model of billions (default: %(default)s)")
+
+
+def fit_user_model(base: Any, examples: Sequence[Group], args: argparse.Namespace, folder: Path, record: Row) -> tuple[list[float], int]:
+    """Fit a LoRA adapter on the examples and save it under `folder`; returns each step's loss and the tokens read.
+
+    Every example goes through the model alone: without padding two cores are as fast as they can be.
+    """
+    model = add_adapter(base, args.rank, args.seed)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=args.fit_lr, weight_decay=0.0)
+    order = [place for epoch in range(args.epochs)
+             for place in random.Random(seed_of(args.seed, "04", epoch)).sample(range(len(examples)), len(examples))]
+    batches = [order[start:start + args.batch] for start in range(0, len(order), args.batch)]
+    warmup = max(1, len(batches) // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warmup, (len(batches) - step) / (len(batches) - warmup + 1)))
+    losses, tokens = [], 0
+    for batch in progress(batches, f"fitting {folder.name}"):
+        total = sum(len(examples[place][1][0]) for place in batch)
+        loss = 0.0
+        for place in batch:
+            part = completion_loss(model, [examples[place]], total)
+            part.backward()
+            loss += part.item()
+            tokens += len(examples[place][0]) + len(examples[place][1][0])
+        torch.nn.utils.clip_grad_norm_(weights, 1.0, error_if_nonfinite=True)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(loss)
+    save_adapter(model, folder, record)
+    model.unload()
+    return losses, tokens
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = stage_arguments(__doc__)
+    group = parser.add_argument_group("selection")
+    group.add_argument("--arms", default="none,backward,recon", help=f"comma-separated, from {', '.join(ARMS)} (default: %(default)s)")
+    group.add_argument("--score", default="unsaid", choices=("likelihood", "unsaid", "embedding"), help="what recon selects by (default: %(default)s)")
+    add_fit_arguments(parser)
+    args = parser.parse_args(argv)
+    arms = args.arms.split(",")
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        stop(f"--arms: unknown arm {unknown[0]!r}; choose from {', '.join(ARMS)}")
+
+    started = time.monotonic()
+    sources = args.run / "pairs.jsonl", args.run / "scores.jsonl"
+    pairs = {pair["id"]: pair for pair in read_rows(sources[0], ("id", "user", "split", "context", "action"), "01_prepare.py")}
+    rows = [row for row in read_rows(sources[1], ("id", "candidates", "baseline"), "03_reconstruct_score.py")
+            if row["id"] in pairs and pairs[row["id"]]["split"] == "train"][:args.limit]
+    if not rows:
+        stop(f"{sources[1]} holds no pair of the train split; run 01_prepare.py with more pairs, then stages 2 and 3")
+    model = tokenizer = None
+    tokens = made = 0
+    for arm in arms:
+        record = made_with(args, sources, ignore=("arms",), arm=arm)
+        folder, traces = args.run / "models" / arm, args.run / "traces" / f"{arm}.jsonl"
+        if check_record(traces, record, args.overwrite) and check_record(folder, record, args.overwrite):
+            print(f"04_select_sft: {folder} is already made")
+            continue
+        chosen = choose_traces(arm, rows, args.score, args.seed)
+        if model is None:
+            model, tokenizer = load_model(args.model, args.four_bit)
+        write_output(traces, "".join(map(dump_row, chosen)), record)
+        losses, read = fit_user_model(model, [user_example(tokenizer, pairs[row["id"]], row["trace"]) for row in chosen], args, folder, record)
+        tokens, made = tokens + read, made + 1
+        scores = [row["score"] for row in chosen if row["score"] is not None]
+        print(f"{arm}: {args.score} of its traces {sum(scores) / max(len(scores), 1):+.3f}, leaking {sum(row['leak'] > 0 for row in chosen)} "
+              f"of {len(chosen)}, loss {losses[0]:.2f} -> {losses[-1]:.2f} nats a token")
+    if made:
+        closing_line("04_select_sft", len(rows), made * len(rows), (len(arms) - made) * len(rows), started, tokens)
+
+
+if __name__ == "__main__":
+    main()

