@@ -25,8 +25,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import (Row, check_record, dump_row, encode_data, load_tokenizer, made_with, package_folder, progress,
-                    read_rows, show_context, stage_arguments, stop, write_output)
+from common import (Row, begin_run, check_record, dump_row, encode_data, fraction, load_tokenizer, made_with, package_folder,
+                    positive_int, progress, read_pairs, read_rows, show_context, stage_arguments, stop, write_output)
 
 Conversation = tuple[str, str | None, list[tuple[str, str]]]  # (id, time that sorts or None, [(speaker, text), …])
 
@@ -73,6 +73,8 @@ def read_hub(name: str) -> Iterator[Conversation]:
     if column is None:
         stop(f"--source hub:{name} has columns {', '.join(rows.column_names)}; one of messages, conversations, turns is needed")
     for number, row in enumerate(rows):
+        if not isinstance(row[column], list) or not all(isinstance(turn, dict) for turn in row[column]):
+            stop(f"--source hub:{name}, row {number}: {column!r} must be a list of turns like {{role, content}}")
         turns = [tuple(next((str(turn[key]) for key in keys if turn.get(key) is not None), "")
                        for keys in (("speaker", "role", "from"), ("text", "content", "value"))) for turn in row[column]]
         yield str(row.get("id", number)), None, turns
@@ -164,7 +166,8 @@ def make_pairs(conversations: list[Conversation], users: list[str], splits: dict
 
 
 def choose_pairs(pairs: list[Row], users: list[str], limit: int | None, shares: dict[str, float], seed: int) -> list[Row]:
-    """At most `limit` pairs, split by `shares` and evenly over `users`, drawn at random so that many conversations take part.
+    """At most `limit` pairs (but one a person and split), by `shares` and evenly over `users`, drawn at random so that
+    many conversations take part.
 
     The order is shuffled, so that a later stage's --limit takes a fair sample.
     """
@@ -172,7 +175,9 @@ def choose_pairs(pairs: list[Row], users: list[str], limit: int | None, shares: 
     if limit is None:
         return pairs
     kept: Counter = Counter()
-    quota = {(split, user): round(limit * share / len(users)) for split, share in shares.items() for user in users}
+    quota = {(split, user): max(1, round(limit * share / len(users))) for split, share in shares.items() for user in users}
+    while sum(quota.values()) > max(limit, len(quota)):      # rounding up went too far: take it from the largest part
+        quota[max(quota, key=quota.get)] -= 1
     chosen = []
     for pair in pairs:
         kind = pair["split"], pair["user"]
@@ -189,25 +194,25 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--user", action="append", metavar="ID", help="model this person (may be repeated; default: the two with most replies)")
     group.add_argument("--list-users", action="store_true", help="print who is in the source and how often each replies, and stop")
     group = parser.add_argument_group("what makes a pair")
-    group.add_argument("--max-context-turns", type=int, default=6, help="turns before the action (default: %(default)s)")
-    group.add_argument("--max-context-tokens", type=int, default=96, help="tokens of the model in a context (default: %(default)s)")
-    group.add_argument("--min-action-words", type=int, default=5, help="words in an action, at least (default: %(default)s)")
-    group.add_argument("--max-action-tokens", type=int, default=32, help="tokens in an action, at most (default: %(default)s)")
+    group.add_argument("--max-context-turns", type=positive_int, default=6, help="turns before the action (default: %(default)s)")
+    group.add_argument("--max-context-tokens", type=positive_int, default=96, help="tokens of the model in a context (default: %(default)s)")
+    group.add_argument("--min-action-words", type=positive_int, default=5, help="words in an action, at least (default: %(default)s)")
+    group.add_argument("--max-action-tokens", type=positive_int, default=32, help="tokens in an action, at most (default: %(default)s)")
     group = parser.add_argument_group("splits, as shares of each person's conversations (and of the pairs under --limit)")
-    group.add_argument("--val-share", type=float, default=0.1, help="share of validation (default: %(default)s)")
-    group.add_argument("--test-share", type=float, default=0.5, help="share of test (default: %(default)s)")
+    group.add_argument("--val-share", type=fraction, default=0.1, help="share of validation (default: %(default)s)")
+    group.add_argument("--test-share", type=fraction, default=0.5, help="share of test (default: %(default)s)")
     args = parser.parse_args(argv)
     if not (args.val_share > 0 and args.test_share > 0 and args.val_share + args.test_share < 1):
         stop("--val-share and --test-share must be positive and leave something for train")
 
-    started = time.monotonic()
+    started = time.monotonic() if args.list_users else begin_run(args.run)
     source_file = Path(args.source.partition(":")[2])
     if args.source.startswith("turns:") and not source_file.is_file():
         stop(f"{source_file} does not exist; --source turns:FILE needs a JSONL file")
-    record = made_with(args, [source_file] if args.source.startswith("turns:") else [])
     output = args.run / "pairs.jsonl"
+    record = made_with(args, [source_file] if args.source.startswith("turns:") else [])
     if not args.list_users and check_record(output, record, args.overwrite):
-        print(f"01_prepare: {output} is already made ({len(read_rows(output))} pairs)")
+        print(f"01_prepare: {output} is already made ({len(read_pairs(output))} pairs)")
         return
     conversations = read_source(args.source)
     replies = count_replies(conversations)
@@ -215,10 +220,12 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{'replies':>8}  user")
         print("\n".join(f"{count:>8}  {user}" for user, count in replies.most_common()))
         return
-    users = args.user or [user for user, _ in replies.most_common(2)]
+    users = list(dict.fromkeys(args.user or [user for user, _ in replies.most_common(2)]))
     if unknown := [user for user in users if user not in replies]:
         stop(f"--user {unknown[0]}: nobody of that name replies in {args.source}; see who does with --list-users")
 
+    if any(at is None for name, at, turns in conversations):
+        print("some conversations have no time: the splits of their people are random, not by date")
     splits = split_conversations(conversations, users, args.val_share, args.test_share, args.seed)
     limits = {"turns": args.max_context_turns, "context_tokens": args.max_context_tokens, "words": args.min_action_words,
               "action_tokens": args.max_action_tokens, "source": args.source.partition(":")[0]}

@@ -16,20 +16,19 @@ small, the temperature and min-p are ours. Test pairs get candidates too, to be 
 train split is ever learnt from.
 """
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
-from common import (Row, append_rows, batches_by_length, begin_output, closing_line, decode, finished_rows, generate, load_model, made_with,
-                    progress, read_rows, seed_of, stage_arguments, synthesis_prompt)
+from common import (MIN_P, PAIR_KEYS, Row, append_rows, batches_by_length, begin_output, begin_run, closing_line, decode, finished_rows, fraction,
+                    generate, load_model, made_with, positive_int, progress, read_pairs, seed_of, stage_arguments, synthesis_prompt)
 
 
 def sample_traces(model: Any, tokenizer: Any, pairs: Sequence[Row], n: int, max_tokens: int, temperature: float,
                   min_p: float, seed: object) -> list[list[Row]]:
     """`n` candidates {trace, finished, tokens} for each pair, drawn from the synthesis prompt.
 
-    The worked examples are computed once for the batch and each prompt once for its n traces. Trace k of a pair
-    depends on (seed, pair id, k) alone.
+    The worked examples are computed once for the batch and each prompt once for its n traces. The noise of trace k
+    of a pair depends on (seed, pair id, k) alone.
     """
     prompts = [synthesis_prompt(tokenizer, pair) for pair in pairs]
     groups = [(prompt[:-1], [prompt[-1:]] * n) for prompt in prompts]
@@ -42,33 +41,37 @@ def sample_traces(model: Any, tokenizer: Any, pairs: Sequence[Row], n: int, max_
 def main(argv: list[str] | None = None) -> None:
     parser = stage_arguments(__doc__)
     group = parser.add_argument_group("sampling")
-    group.add_argument("--n", type=int, default=4, help="candidates a pair (default: %(default)s)")
-    group.add_argument("--max-trace-tokens", type=int, default=40, help="tokens in a trace, at most (default: %(default)s)")
+    group.add_argument("--n", type=positive_int, default=4, help="candidates a pair (default: %(default)s)")
+    group.add_argument("--max-trace-tokens", type=positive_int, default=40, help="tokens in a trace, at most (default: %(default)s)")
     group.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: %(default)s)")
-    group.add_argument("--min-p", type=float, default=0.1, help="leave out tokens less likely than this times the likeliest (default: %(default)s)")
-    group.add_argument("--batch", type=int, default=16, help="pairs sampled at once (default: %(default)s)")
+    group.add_argument("--min-p", type=fraction, default=MIN_P, help="leave out tokens less likely than this times the likeliest (default: %(default)s)")
+    group.add_argument("--batch", type=positive_int, default=16, help="pairs sampled at once (default: %(default)s)")
     args = parser.parse_args(argv)
 
-    started = time.monotonic()
+    if args.temperature < 0:
+        parser.error("argument --temperature: must not be negative")
+    started = begin_run(args.run)
     source, output = args.run / "pairs.jsonl", args.run / "candidates.jsonl"
-    pairs = read_rows(source, ("id", "user", "context", "action"), "01_prepare.py")[:args.limit]
-    record = made_with(args, [source])
-    done = {row["id"] for row in finished_rows(output, record, args.overwrite)}
-    if len(done) == len(pairs):
+    pairs = read_pairs(source)[:args.limit]
+    record = made_with(args, [source], ["synthesis"])
+    done = finished_rows(output, record, args.overwrite, ("id", "candidates"), [pair["id"] for pair in pairs])
+    if pairs and len(done) == len(pairs):
         print(f"02_sample_candidates: {output} is already made ({len(done)} rows)")
         return
     model, tokenizer = load_model(args.model, args.four_bit)
     begin_output(output, record, args.overwrite)
-    tokens = finished = 0
+    tokens = finished = sampled = 0
     for batch in progress(batches_by_length(pairs, lambda pair: len(synthesis_prompt(tokenizer, pair)), args.batch), "sampling traces"):
         if all(pair["id"] in done for pair in batch):
             continue
         candidates = sample_traces(model, tokenizer, batch, args.n, args.max_trace_tokens, args.temperature, args.min_p, (args.seed, "02"))
-        append_rows(output, [{"id": pair["id"], "candidates": some} for pair, some in zip(batch, candidates) if pair["id"] not in done])
-        tokens += sum(candidate["tokens"] for some in candidates for candidate in some)
-        finished += sum(candidate["finished"] for some in candidates for candidate in some)
-    sampled = args.n * (len(pairs) - len(done))
-    print(f"traces that ended by themselves: {min(finished, sampled)} of {sampled}")
+        rows = [{"id": pair["id"], **{key: value for key, value in pair.items() if key not in PAIR_KEYS}, "candidates": some}
+                for pair, some in zip(batch, candidates) if pair["id"] not in done]
+        append_rows(output, rows)
+        fresh = [candidate for row in rows for candidate in row["candidates"]]
+        tokens += sum(candidate["tokens"] for candidate in fresh)
+        finished, sampled = finished + sum(candidate["finished"] for candidate in fresh), sampled + len(fresh)
+    print(f"traces that ended by themselves: {finished} of {sampled}")
     closing_line("02_sample_candidates", len(pairs), len(pairs), len(done), started, tokens)
 
 

@@ -22,13 +22,12 @@ Both read the same (context, trace) prompt. The leak share and `unsaid` are ours
 action reconstructs it best.
 """
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
-from common import (Group, Row, append_rows, batches_by_length, begin_output, closing_line, decode_action, embed, finished_rows, generate,
-                    leak_share, likelihood_scores, load_encoder, load_model, made_with, progress, read_rows, reconstruction_prompt,
-                    show_context, stage_arguments, stop)
+from common import (Group, Row, append_rows, batches_by_length, begin_output, begin_run, check_made_from, clean_action, closing_line, decode,
+                    embed, finished_rows, generate, leak_share, likelihood_scores, load_encoder, load_model, made_with, positive_int,
+                    progress, read_candidates, read_pairs, reconstruction_prompt, show_context, stage_arguments, stop)
 
 SCORERS = ("likelihood", "embedding")
 
@@ -42,18 +41,18 @@ def reconstruct(model: Any, tokenizer: Any, contexts: Sequence[str], traces: Seq
     for context, some in zip(contexts, traces):
         prefix, suffixes = reconstruction_prompt(tokenizer, context, some)
         groups.append((prefix, suffixes))
-    texts = iter([decode_action(tokenizer, completion) for completion in generate(model, tokenizer, groups, max_tokens, stop_text="\n")])
+    texts = iter([clean_action(decode(tokenizer, completion)) for completion in generate(model, tokenizer, groups, max_tokens, stop_text="\n")])
     return [[next(texts) for _ in some] for some in traces]
 
 
-def score_pairs(model: Any, tokenizer: Any, encoder: Any, pairs: Sequence[Row], candidates: Sequence[Sequence[Row]],
+def score_pairs(model: Any, tokenizer: Any, encoder: Any, pairs: Sequence[Row], sampled: Sequence[Row],
                 scorers: Sequence[str], max_tokens: int) -> list[Row]:
-    """A row {id, candidates, baseline} for each pair: every candidate with its scores, and the same without a trace."""
+    """The row `sampled` of each pair, every candidate with its scores, and `baseline`, the same without a trace."""
     contexts = [show_context(pair) for pair in pairs]
     rows = []
-    for pair, context, some in zip(pairs, contexts, candidates):
-        scored = [{**candidate, "leak": leak_share(candidate["trace"], pair["action"], context), "scores": {}} for candidate in some]
-        rows.append({"id": pair["id"], "candidates": scored, "baseline": {}})
+    for pair, context, row in zip(pairs, contexts, sampled):
+        scored = [{**candidate, "leak": leak_share(candidate["trace"], pair["action"], context), "scores": {}} for candidate in row["candidates"]]
+        rows.append({**row, "candidates": scored, "baseline": {}})
     if "likelihood" in scorers:
         for pair, row in zip(pairs, rows):
             gains, base = likelihood_scores(model, tokenizer, pair, [candidate["trace"] for candidate in row["candidates"]])
@@ -77,23 +76,25 @@ def main(argv: list[str] | None = None) -> None:
     group = parser.add_argument_group("scoring")
     group.add_argument("--scorers", default=",".join(SCORERS), help="which scores to compute, comma-separated (default: %(default)s)")
     group.add_argument("--encoder", default="embedded", metavar="NAME", help="mean-pooled sentence encoder: 'embedded', a local folder or a hub name (default: %(default)s)")
-    group.add_argument("--max-action-tokens", type=int, default=24, help="tokens in a reconstruction, at most (default: %(default)s)")
-    group.add_argument("--batch", type=int, default=16, help="pairs reconstructed at once (default: %(default)s)")
+    group.add_argument("--max-action-tokens", type=positive_int, default=24, help="tokens in a reconstruction, at most (default: %(default)s)")
+    group.add_argument("--batch", type=positive_int, default=16, help="pairs reconstructed at once (default: %(default)s)")
     args = parser.parse_args(argv)
     scorers = args.scorers.split(",")
     if unknown := [name for name in scorers if name not in SCORERS]:
         stop(f"--scorers: unknown scorer {unknown[0]!r}; choose from {', '.join(SCORERS)}")
 
-    started = time.monotonic()
+    started = begin_run(args.run)
     sources, output = (args.run / "pairs.jsonl", args.run / "candidates.jsonl"), args.run / "scores.jsonl"
-    pairs = {pair["id"]: pair for pair in read_rows(sources[0], ("id", "user", "context", "action"), "01_prepare.py")}
-    found = {row["id"]: row["candidates"] for row in read_rows(sources[1], ("id", "candidates"), "02_sample_candidates.py")}
+    pairs = {pair["id"]: pair for pair in read_pairs(sources[0])}
+    found = {row["id"]: row for row in read_candidates(sources[1], "02_sample_candidates.py", ("trace", "tokens"))}
+    check_made_from(sources[1], sources[0], "02_sample_candidates.py")
     if foreign := next((name for name in found if name not in pairs), None):
         stop(f"{sources[1]}: id {foreign!r} is not in {sources[0]}; run 02_sample_candidates.py --overwrite")
     work = [pair for name, pair in pairs.items() if name in found][:args.limit]
-    record = made_with(args, sources)
-    done = {row["id"] for row in finished_rows(output, record, args.overwrite)}
-    if len(done) == len(work):
+    record = made_with(args, sources, ["reconstruction", "reconstruction_no_trace"])
+    keys, expected = ("id", "candidates", "baseline"), [pair["id"] for pair in work]
+    done = finished_rows(output, record, args.overwrite, keys, expected)
+    if work and len(done) == len(work):
         print(f"03_reconstruct_score: {output} is already made ({len(done)} rows)")
         return
     model, tokenizer = load_model(args.model, args.four_bit)
@@ -105,9 +106,10 @@ def main(argv: list[str] | None = None) -> None:
             continue
         rows = score_pairs(model, tokenizer, encoder, batch, [found[pair["id"]] for pair in batch], scorers, args.max_action_tokens)
         append_rows(output, [row for row in rows if row["id"] not in done])
-        tokens += sum(candidate["tokens"] + row["baseline"].get("action_tokens", 0) for row in rows for candidate in row["candidates"])
+        texts = [text for row in rows for some in (*row["candidates"], row["baseline"]) for text in (some.get("trace", ""), some.get("reconstruction", ""))]
+        tokens += sum(map(len, tokenizer([*texts, *(show_context(pair) for pair in batch)]).input_ids))
 
-    rows = finished_rows(output, record, overwrite=False)
+    rows = list(finished_rows(output, record, False, keys, expected).values())
     every = [candidate for row in rows for candidate in row["candidates"]]
     leaking = sum(candidate["leak"] > 0 for candidate in every)
     print(f"candidates that leak a part of the action: {leaking} of {len(every)}")

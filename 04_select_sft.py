@@ -22,15 +22,15 @@ if all of a pair's candidates do.
 
 import argparse
 import random
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common import (Group, Row, add_adapter, check_record, closing_line, dump_row, load_model, made_with, packed_logprobs, progress,
-                    read_rows, save_adapter, seed_of, stage_arguments, stop, user_completion, user_prompt, write_output)
+from common import (Group, Row, add_adapter, begin_run, check_made_from, check_record, closing_line, discard, dump_row, load_model, made_with,
+                    packed_logprobs, positive_float, positive_int, progress, read_candidates, read_pairs, save_adapter, seed_of,
+                    stage_arguments, stop, user_completion, user_prompt, write_output)
 
 ARMS = ("none", "backward", "recon", "shuffled", "longest", "worst")
 
@@ -79,10 +79,10 @@ def completion_loss(model: Any, examples: Sequence[Group], total_tokens: int) ->
 
 def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("fitting a user model")
-    group.add_argument("--rank", type=int, default=16, help="LoRA rank; alpha is twice that (default: %(default)s)")
-    group.add_argument("--epochs", type=int, default=2, help="passes over the training pairs (default: %(default)s)")
-    group.add_argument("--batch", type=int, default=2, help="pairs an optimizer step (default: %(default)s)")
-    group.add_argument("--fit-lr", type=float, default=1e-3, help="peak learning rate of AdamW, after 10%% warm-up, falling linearly to 0; 2e-4 suits a model of billions (default: %(default)s)")
+    group.add_argument("--rank", type=positive_int, default=16, help="LoRA rank; alpha is twice that (default: %(default)s)")
+    group.add_argument("--epochs", type=positive_int, default=2, help="passes over the training pairs (default: %(default)s)")
+    group.add_argument("--batch", type=positive_int, default=2, help="pairs an optimizer step (default: %(default)s)")
+    group.add_argument("--fit-lr", type=positive_float, default=1e-3, help="peak learning rate of AdamW, after 10%% warm-up, falling linearly to 0; 2e-4 suits a model of billions (default: %(default)s)")
 
 
 def fit_user_model(base: Any, examples: Sequence[Group], args: argparse.Namespace, folder: Path, record: Row) -> tuple[list[float], int]:
@@ -117,6 +117,15 @@ def fit_user_model(base: Any, examples: Sequence[Group], args: argparse.Namespac
     return losses, tokens
 
 
+def describe(arm: str, chosen: Sequence[Row], score: str, losses: Sequence[float]) -> str:
+    """A line on an arm: the mean score of its traces, how many leak, and the loss at both ends of the fit."""
+    values = [row["score"] for row in chosen if row["score"] is not None]
+    traces = f"{score} of its traces {sum(values) / len(values):+.3f}, " if values and arm != "none" else ""
+    tenth = max(1, len(losses) // 10)
+    return (f"{arm}: {traces}leaking {sum(row['leak'] > 0 for row in chosen)} of {len(chosen)}, "
+            f"loss {sum(losses[:tenth]) / tenth:.2f} -> {sum(losses[-tenth:]) / tenth:.2f} nats a token")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = stage_arguments(__doc__)
     group = parser.add_argument_group("selection")
@@ -128,17 +137,18 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := [arm for arm in arms if arm not in ARMS]:
         stop(f"--arms: unknown arm {unknown[0]!r}; choose from {', '.join(ARMS)}")
 
-    started = time.monotonic()
+    started = begin_run(args.run)
     sources = args.run / "pairs.jsonl", args.run / "scores.jsonl"
-    pairs = {pair["id"]: pair for pair in read_rows(sources[0], ("id", "user", "split", "context", "action"), "01_prepare.py")}
-    rows = [row for row in read_rows(sources[1], ("id", "candidates", "baseline"), "03_reconstruct_score.py")
-            if row["id"] in pairs and pairs[row["id"]]["split"] == "train"][:args.limit]
+    pairs = {pair["id"]: pair for pair in read_pairs(sources[0])}
+    scored = read_candidates(sources[1], "03_reconstruct_score.py", ("trace", "tokens", "leak", "scores"), ("baseline",))
+    check_made_from(sources[1], sources[0], "02_sample_candidates.py and 03_reconstruct_score.py")
+    rows = [row for row in scored if row["id"] in pairs and pairs[row["id"]]["split"] == "train"][:args.limit]
     if not rows:
         stop(f"{sources[1]} holds no pair of the train split; run 01_prepare.py with more pairs, then stages 2 and 3")
     model = tokenizer = None
     tokens = made = 0
     for arm in arms:
-        record = made_with(args, sources, ignore=("arms",), arm=arm)
+        record = made_with(args, sources, ["user_model"], ignore=("arms",), arm=arm)
         folder, traces = args.run / "models" / arm, args.run / "traces" / f"{arm}.jsonl"
         if check_record(traces, record, args.overwrite) and check_record(folder, record, args.overwrite):
             print(f"04_select_sft: {folder} is already made")
@@ -146,12 +156,13 @@ def main(argv: list[str] | None = None) -> None:
         chosen = choose_traces(arm, rows, args.score, args.seed)
         if model is None:
             model, tokenizer = load_model(args.model, args.four_bit)
+            for old in arms if args.overwrite else []:
+                discard(args.run / "models" / old)
+                discard(args.run / "traces" / f"{old}.jsonl")
         write_output(traces, "".join(map(dump_row, chosen)), record)
         losses, read = fit_user_model(model, [user_example(tokenizer, pairs[row["id"]], row["trace"]) for row in chosen], args, folder, record)
         tokens, made = tokens + read, made + 1
-        scores = [row["score"] for row in chosen if row["score"] is not None]
-        print(f"{arm}: {args.score} of its traces {sum(scores) / max(len(scores), 1):+.3f}, leaking {sum(row['leak'] > 0 for row in chosen)} "
-              f"of {len(chosen)}, loss {losses[0]:.2f} -> {losses[-1]:.2f} nats a token")
+        print(describe(arm, chosen, args.score, losses))
     if made:
         closing_line("04_select_sft", len(rows), made * len(rows), (len(arms) - made) * len(rows), started, tokens)
 

@@ -10,6 +10,7 @@
     out    RUN/rl.jsonl                          a line a step (both objectives)
            RUN/models/synthesizer/, RUN/traces/recon-grpo.jsonl, RUN/models/recon-grpo/
            RUN/models/e2e-grpo/
+           RUN/rl/OBJECTIVE/                     the last checkpoint
 
 How to run it:
 
@@ -31,7 +32,6 @@ import argparse
 import importlib
 import json
 import random
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,12 +40,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import (END_THINK, Group, Row, add_adapter, batches_by_length, check_record, closing_line, decode, dump_row, embed, generate,
-                    leak_share, likelihood_scores, load_encoder, load_model, made_with, packed_logprobs, progress, read_rows,
-                    save_adapter, seed_of, show_context, stage_arguments, stop, synthesis_prompt, user_prompt, write_output, write_text)
+from common import (END_THINK, MIN_P, Group, Row, add_adapter, append_rows, batches_by_length, begin_output, begin_run, check_adapter,
+                    check_made_from, check_record, clean_action, closing_line, decode, discard, dump_row, embed, finished_rows, generate, leak_share,
+                    likelihood_scores, load_encoder, load_model, made_with, packed_logprobs, positive_float, positive_int, progress,
+                    read_pairs, read_rows, replace_folder, save_adapter, seed_of, show_context, stage_arguments, stop,
+                    synthesis_prompt, user_prompt, write_text)
 
 sample_candidates = importlib.import_module("02_sample_candidates")
 select_sft = importlib.import_module("04_select_sft")
+
+Scored = tuple[list[list[float]], list[list[float]], list[list[float]]]  # rewards, scores, leaks: [pair][completion]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -61,8 +65,8 @@ def gate_leaks(scores: Sequence[float], leaks: Sequence[float], penalty: float) 
     return [score if leak == 0 else floor - penalty * leak for score, leak in zip(scores, leaks)]
 
 
-def reward_recon(model: Any, tokenizer: Any, encoder: Any, pairs: Sequence[Row], texts: Sequence[Sequence[str]], args: argparse.Namespace) -> tuple[list[list[float]], list[list[float]], list[list[float]]]:
-    """(rewards, scores, leaks) of traces [pair][trace]; the frozen base scores them, the adapter switched off."""
+def reward_recon(model: Any, tokenizer: Any, encoder: Any, pairs: Sequence[Row], texts: Sequence[Sequence[str]], args: argparse.Namespace) -> Scored:
+    """Rewards, scores and leaks of traces [pair][trace]; the frozen base scores them, the adapter switched off."""
     scores, leaks = [], []
     with model.disable_adapter():
         for pair, traces in zip(pairs, texts):
@@ -71,11 +75,11 @@ def reward_recon(model: Any, tokenizer: Any, encoder: Any, pairs: Sequence[Row],
     return [gate_leaks(*group, args.leak_penalty) for group in zip(scores, leaks)], scores, leaks
 
 
-def reward_e2e(model: Any, tokenizer: Any, encoder: Any, pairs: Sequence[Row], texts: Sequence[Sequence[str]], args: argparse.Namespace) -> tuple[list[list[float]], list[list[float]], list[list[float]]]:
-    """(rewards, the same as scores, zeros): cosine of what follows the think block and the true action; -1 if nothing does."""
+def reward_e2e(model: Any, tokenizer: Any, encoder: Any, pairs: Sequence[Row], texts: Sequence[Sequence[str]], args: argparse.Namespace) -> Scored:
+    """Rewards, the same as scores, zeros: cosine of the action behind the think block and the true one; -1 without one."""
     scores = []
     for pair, group in zip(pairs, texts):
-        actions = [text.partition(END_THINK.strip())[2].strip() for text in group]
+        actions = [clean_action(text.partition(END_THINK.strip())[2]) for text in group]
         true, *vectors = embed(encoder, [pair["action"], *actions])
         scores.append([(true @ vector).item() if action else -1.0 for action, vector in zip(actions, vectors)])
     return scores, scores, [[0.0] * len(group) for group in texts]
@@ -89,11 +93,11 @@ def rollout(model: Any, tokenizer: Any, prompts: Sequence[list[int]], pairs: Seq
     """Sample a group of completions for each prompt: (the groups of token ids, their texts).
 
     The end token belongs to a completion that ended by itself: the policy chose it and must be credited for it.
-    An empty completion that was cut off cannot be; generation yields at least one token or the end token.
+    No completion is empty: sampling yields at least one token or the end token.
     """
     seeds = [seed_of(args.seed, "05", args.objective, step, pair["id"], k) for pair in pairs for k in range(args.group)]
     done = generate(model, tokenizer, [(prompt[:-1], [prompt[-1:]] * args.group) for prompt in prompts], args.max_new_tokens, seeds, args.temperature)
-    ids = [completion.ids + [tokenizer.eos_token_id] * completion.finished for completion in done]
+    ids = [completion.ids + ([] if completion.end is None else [completion.end]) for completion in done]
     texts = [decode(tokenizer, completion) for completion in done]
     cut = range(0, len(done), args.group)
     return [(prompt, ids[at:at + args.group]) for prompt, at in zip(prompts, cut)], [texts[at:at + args.group] for at in cut]
@@ -155,13 +159,11 @@ def flatten(lists: Sequence[Sequence[float]]) -> list[float]:
 def save_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer, step: int, record: Row) -> None:
     """Adapter, optimizer state and step number. The noise needs no saving: it is drawn from (seed, step, pair)."""
     state = {f"{place}.{key}": value for place, entry in optimizer.state_dict()["state"].items() for key, value in entry.items()}
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = folder.with_name(folder.name + ".new")
     save_adapter(model, temporary, record)
     save_file(state, temporary / "optimizer.safetensors", metadata={"step": str(step)})
     write_text(temporary / "step.json", json.dumps(step))
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
+    replace_folder(temporary, folder)
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> int:
@@ -176,20 +178,26 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> int:
 
 def validate(model: Any, tokenizer: Any, encoder: Any, prompt_of: Any, reward_of: Any, pairs: Sequence[Row], args: argparse.Namespace) -> Row:
     """Mean reward, score, leak and length of greedy completions on fixed held-out pairs."""
-    prompts = [prompt_of(pair) for pair in pairs]
-    done = generate(model, tokenizer, [(prompt[:-1], [prompt[-1:]]) for prompt in prompts], args.max_new_tokens)
-    rewards, scores, leaks = reward_of(model, tokenizer, encoder, pairs, [[decode(tokenizer, completion)] for completion in done], args)
-    return {"val_reward": mean(flatten(rewards)), "val_score": mean(flatten(scores)), "val_leak": mean(flatten(leaks)),
-            "val_length": mean([len(completion.ids) for completion in done])}
+    columns: dict[str, list[float]] = {"val_reward": [], "val_score": [], "val_leak": [], "val_length": []}
+    for batch in batches_by_length(pairs, lambda pair: len(prompt_of(pair)), args.prompts * args.group):
+        prompts = [prompt_of(pair) for pair in batch]
+        done = generate(model, tokenizer, [(prompt[:-1], [prompt[-1:]]) for prompt in prompts], args.max_new_tokens)
+        measured = reward_of(model, tokenizer, encoder, batch, [[decode(tokenizer, completion)] for completion in done], args)
+        for column, values in zip(columns.values(), (*map(flatten, measured), [len(completion.ids) for completion in done])):
+            column += values
+    return {name: mean(values) for name, values in columns.items()}
 
 
-def train(base: Any, tokenizer: Any, pairs: Sequence[Row], held_out: Sequence[Row], args: argparse.Namespace, target: Path, record: Row) -> int:
-    """Train the adapter of `target` for args.steps steps; returns how many tokens were sampled."""
+def train(base: Any, tokenizer: Any, pairs: Sequence[Row], held_out: Sequence[Row], args: argparse.Namespace, target: Path, record: Row, so_far: Row) -> int:
+    """Train the adapter of `target` for args.steps steps; returns how many tokens were sampled.
+
+    `record` is that of the finished adapter, `so_far` that of its checkpoints, which may be continued to more steps.
+    """
     encoder = load_encoder(args.encoder) if args.objective == "e2e" else None
     reward_of = reward_recon if args.objective == "recon" else reward_e2e
     prompt_of = (lambda pair: synthesis_prompt(tokenizer, pair)) if args.objective == "recon" else (lambda pair: user_prompt(tokenizer, pair, thinking=True))
     checkpoint, log = args.run / "rl" / args.objective, args.run / "rl.jsonl"
-    resumed = check_record(checkpoint, record, args.overwrite)
+    resumed = check_record(checkpoint, so_far, args.overwrite)
     model = add_adapter(base, args.rank, args.seed, checkpoint if resumed else args.init_adapter)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=0.0)
@@ -224,13 +232,12 @@ def train(base: Any, tokenizer: Any, pairs: Sequence[Row], held_out: Sequence[Ro
         lines.append(row)
         write_text(log, "".join(map(dump_row, lines)))
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            save_checkpoint(checkpoint, model, optimizer, step + 1, record)
-    if first < args.steps:
-        row = {"objective": args.objective, "step": args.steps} | validate(model, tokenizer, encoder, prompt_of, reward_of, held_out, args)
-        write_text(log, "".join(map(dump_row, [*lines, row])))
-        start = next(line for line in lines if line["objective"] == args.objective and "val_reward" in line)
-        print(f"{args.objective}: held-out reward {start['val_reward']:+.3f} -> {row['val_reward']:+.3f}, score {start['val_score']:+.3f} -> "
-              f"{row['val_score']:+.3f}, leak {start['val_leak']:.1%} -> {row['val_leak']:.1%}, length {start['val_length']:.0f} -> {row['val_length']:.0f} tokens")
+            save_checkpoint(checkpoint, model, optimizer, step + 1, so_far)
+    row = {"objective": args.objective, "step": args.steps} | validate(model, tokenizer, encoder, prompt_of, reward_of, held_out, args)
+    write_text(log, "".join(map(dump_row, [*lines, row])))
+    start = next((line for line in lines if line["objective"] == args.objective and "val_reward" in line), row)
+    print(f"{args.objective}: held-out reward {start['val_reward']:+.3f} -> {row['val_reward']:+.3f}, score {start['val_score']:+.3f} -> "
+          f"{row['val_score']:+.3f}, leak {start['val_leak']:.1%} -> {row['val_leak']:.1%}, length {start['val_length']:.0f} -> {row['val_length']:.0f} tokens")
     save_adapter(model, target, record)
     model.unload()
     return sampled
@@ -238,25 +245,31 @@ def train(base: Any, tokenizer: Any, pairs: Sequence[Row], held_out: Sequence[Ro
 
 def write_traces(base: Any, tokenizer: Any, pairs: Sequence[Row], args: argparse.Namespace, synthesizer: Path, path: Path, record: Row) -> list[Row]:
     """The trained synthesizer's traces for `pairs`: the first of --retries that leaks nothing, else the least leaking."""
+    rows = finished_rows(path, record, args.overwrite, ("id", "trace", "score", "leak"), [pair["id"] for pair in pairs])
+    begin_output(path, record, args.overwrite)
     model = add_adapter(base, args.rank, args.seed, synthesizer)
-    rows = {}
     for batch in progress(batches_by_length(pairs, lambda pair: len(synthesis_prompt(tokenizer, pair)), args.trace_batch), "traces by the trained synthesizer"):
+        if all(pair["id"] in rows for pair in batch):
+            continue
+        best: dict[str, Row] = {}
         left = batch
         for k in range(args.retries):
-            found = sample_candidates.sample_traces(model, tokenizer, left, 1, args.max_new_tokens, args.temperature, 0.1, (args.seed, "05", k))
+            found = sample_candidates.sample_traces(model, tokenizer, left, 1, args.max_new_tokens, args.temperature, MIN_P, (args.seed, "05", k))
             for pair, (candidate,) in zip(left, found):
                 leak = leak_share(candidate["trace"], pair["action"], show_context(pair))
-                if pair["id"] not in rows or leak < rows[pair["id"]]["leak"]:
-                    rows[pair["id"]] = {"id": pair["id"], "trace": candidate["trace"], "k": k, "score": None, "leak": leak}
-            left = [pair for pair in left if rows[pair["id"]]["leak"] > 0]
+                if pair["id"] not in best or leak < best[pair["id"]]["leak"]:
+                    best[pair["id"]] = {"id": pair["id"], "trace": candidate["trace"], "k": k, "score": None, "leak": leak}
+            left = [pair for pair in left if best[pair["id"]]["leak"] > 0]
             if not left:
                 break
+        with model.disable_adapter():
+            for pair in batch:
+                row = best[pair["id"]]
+                row["score"] = likelihood_scores(model, tokenizer, pair, [row["trace"]])[0][0][args.score]
+        append_rows(path, [best[pair["id"]] for pair in batch if pair["id"] not in rows])
+        rows |= best
     model.unload()
-    chosen = [rows[pair["id"]] for pair in pairs]
-    for row, pair in zip(chosen, pairs):
-        row["score"] = likelihood_scores(base, tokenizer, pair, [row["trace"]])[0][0][args.score]
-    write_output(path, "".join(map(dump_row, chosen)), record)
-    return chosen
+    return [rows[pair["id"]] for pair in pairs]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -266,60 +279,79 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--init-adapter", type=Path, metavar="DIR", help="adapter to continue from (default: none for recon, RUN/models/backward for e2e)")
     group = parser.add_argument_group("reward")
     group.add_argument("--score", default="unsaid", choices=("likelihood", "unsaid"), help="score that recon rewards (default: %(default)s)")
-    group.add_argument("--leak-penalty", type=float, default=2.0, help="reward that a fully leaking trace loses (default: %(default)s)")
+    group.add_argument("--leak-penalty", type=positive_float, default=2.0, help="reward that a fully leaking trace loses (default: %(default)s)")
     group.add_argument("--encoder", default="embedded", metavar="NAME", help="sentence encoder that rewards e2e (default: %(default)s)")
     group = parser.add_argument_group("GRPO")
-    group.add_argument("--steps", type=int, default=3, help="optimizer steps; a real run takes 100 and more (default: %(default)s)")
-    group.add_argument("--prompts", type=int, default=4, help="prompts a step (default: %(default)s)")
-    group.add_argument("--group", type=int, default=4, help="completions a prompt (default: %(default)s)")
-    group.add_argument("--max-new-tokens", type=int, help="tokens in a completion, at most (default: 40 for recon, 72 for e2e)")
-    group.add_argument("--temperature", type=float, default=1.0, help="of sampling and of the policy that is updated (default: %(default)s)")
-    group.add_argument("--lr", type=float, default=2e-4, help="learning rate of AdamW (default: %(default)s)")
-    group.add_argument("--warmup", type=int, default=2, help="steps over which the learning rate rises (default: %(default)s)")
+    group.add_argument("--steps", type=positive_int, default=3, help="optimizer steps; a real run takes 100 and more (default: %(default)s)")
+    group.add_argument("--prompts", type=positive_int, default=4, help="prompts a step (default: %(default)s)")
+    group.add_argument("--group", type=positive_int, default=4, help="completions a prompt (default: %(default)s)")
+    group.add_argument("--max-new-tokens", type=positive_int, help="tokens in a completion, at most (default: 40 for recon, 72 for e2e)")
+    group.add_argument("--temperature", type=positive_float, default=1.0, help="of sampling and of the policy that is updated (default: %(default)s)")
+    group.add_argument("--lr", type=positive_float, default=2e-4, help="learning rate of AdamW (default: %(default)s)")
+    group.add_argument("--warmup", type=positive_int, default=2, help="steps over which the learning rate rises (default: %(default)s)")
     group.add_argument("--std-norm", action="store_true", help="divide advantages by their group's standard deviation")
-    group.add_argument("--val-every", type=int, default=10, help="steps between looks at held-out pairs (default: %(default)s)")
-    group.add_argument("--save-every", type=int, default=2, help="steps between checkpoints (default: %(default)s)")
+    group.add_argument("--val-every", type=positive_int, default=10, help="steps between looks at held-out pairs (default: %(default)s)")
+    group.add_argument("--save-every", type=positive_int, default=2, help="steps between checkpoints (default: %(default)s)")
     group = parser.add_argument_group("traces by the trained synthesizer")
-    group.add_argument("--retries", type=int, default=4, help="samples a pair until one leaks nothing (default: %(default)s)")
-    group.add_argument("--trace-batch", type=int, default=32, help="pairs sampled at once (default: %(default)s)")
+    group.add_argument("--retries", type=positive_int, default=4, help="samples a pair until one leaks nothing (default: %(default)s)")
+    group.add_argument("--trace-batch", type=positive_int, default=32, help="pairs sampled at once (default: %(default)s)")
     select_sft.add_fit_arguments(parser)
     args = parser.parse_args(argv)
     if args.group < 2:
         stop("--group must be 2 or more: an advantage compares the completions of one prompt")
     if args.objective == "e2e" and args.init_adapter is None:
         args.init_adapter = args.run / "models" / "backward"
-    if args.init_adapter and not (args.init_adapter / "adapter_model.safetensors").is_file():
-        stop(f"{args.init_adapter} holds no adapter; run 04_select_sft.py first, or name another with --init-adapter")
     args.max_new_tokens = args.max_new_tokens or (40 if args.objective == "recon" else 72)
 
-    started = time.monotonic()
+    started = begin_run(args.run)
     source = args.run / "pairs.jsonl"
-    pairs = read_rows(source, ("id", "user", "split", "context", "action"), "01_prepare.py")
+    pairs = read_pairs(source)
     held_out = [pair for pair in pairs if pair["split"] == "val"]
     pairs = [pair for pair in pairs if pair["split"] == "train"][:args.limit]
     if not pairs or not held_out:
         stop(f"{source} needs pairs of the splits train and val; run 01_prepare.py with more pairs")
-    start_from = args.init_adapter
-    args.init_adapter = None if start_from is None else "/".join(start_from.parts[-2:])
-    record = made_with(args, [source, *([start_from / "adapter_model.safetensors"] if start_from else [])])
-    args.init_adapter = start_from
+    inputs = [source]
+    if args.init_adapter:
+        check_adapter(args.init_adapter, args.model)
+        if args.init_adapter.is_relative_to(args.run):
+            check_made_from(args.init_adapter, source, "04_select_sft.py")
+        inputs.append(args.init_adapter / "adapter_model.safetensors")
+
+    # Three outputs, three records: other settings of the fit must not cost a night of GRPO.
+    fit, tracing, saving = ("epochs", "batch", "fit_lr"), ("retries", "trace_batch"), ("save_every", "init_adapter")
+    prompts = ["synthesis", "reconstruction", "reconstruction_no_trace"] if args.objective == "recon" else ["user_model"]
+    record = made_with(args, inputs, prompts, ignore=(*fit, *tracing, *saving))
+    so_far = made_with(args, inputs, prompts, ignore=(*fit, *tracing, *saving, "steps"))
     target = args.run / "models" / ("synthesizer" if args.objective == "recon" else "e2e-grpo")
     arm, traces = args.run / "models" / "recon-grpo", args.run / "traces" / "recon-grpo.jsonl"
-    wanted = [target] if args.objective == "e2e" else [target, traces, arm]
-    made = [check_record(path, record, args.overwrite) for path in wanted]
-    if all(made):
-        print(f"05_rl_train: {', '.join(map(str, wanted))} is already made")
+    trained = check_record(target, record, args.overwrite)
+    if trained and args.objective == "e2e":
+        print(f"05_rl_train: {target} is already made")
         return
-    model, tokenizer = load_model(args.model, args.four_bit)
+    model = tokenizer = None
     tokens = 0
-    if not made[0]:
-        tokens += train(model, tokenizer, pairs, held_out, args, target, record)
+    if not trained:
+        model, tokenizer = load_model(args.model, args.four_bit)
+        for old in [target, args.run / "rl" / args.objective] if args.overwrite else []:
+            discard(old)
+        tokens += train(model, tokenizer, pairs, held_out, args, target, record, so_far)
     if args.objective == "recon":
-        chosen = read_rows(traces, ("id", "trace")) if made[1] else write_traces(model, tokenizer, pairs, args, target, traces, record)
         by_id = {pair["id"]: pair for pair in pairs}
-        losses, read = select_sft.fit_user_model(model, [select_sft.user_example(tokenizer, by_id[row["id"]], row["trace"]) for row in chosen], args, arm, record)
-        print(f"recon-grpo: {args.score} of its traces {mean([row['score'] for row in chosen]):+.3f}, leaking {sum(row['leak'] > 0 for row in chosen)} "
-              f"of {len(chosen)}, loss {losses[0]:.2f} -> {losses[-1]:.2f} nats a token")
+        adapter = target / "adapter_model.safetensors"
+        of_traces = made_with(args, [source, adapter], prompts, ignore=(*fit, *saving))
+        chosen = list(finished_rows(traces, of_traces, args.overwrite, ("id", "trace", "score", "leak"), by_id).values())
+        of_arm = made_with(args, [source, adapter], [*prompts, "user_model"], ignore=saving)
+        if len(chosen) == len(pairs) and check_record(arm, of_arm, args.overwrite):
+            print(f"05_rl_train: {target}, {traces} and {arm} are already made")
+            return
+        if model is None:
+            model, tokenizer = load_model(args.model, args.four_bit)
+        if args.overwrite:
+            discard(arm)
+        chosen = write_traces(model, tokenizer, pairs, args, target, traces, of_traces)
+        examples = [select_sft.user_example(tokenizer, by_id[row["id"]], row["trace"]) for row in chosen]
+        losses, read = select_sft.fit_user_model(model, examples, args, arm, of_arm)
+        print(select_sft.describe("recon-grpo", chosen, args.score, losses))
         tokens += read
     closing_line("05_rl_train", len(pairs), len(pairs), 0, started, tokens)
 

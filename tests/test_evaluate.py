@@ -150,6 +150,29 @@ def test_a_finished_run_is_found_done(stage, tiny_run, tiny_folder, capsys):
     assert {path: path.read_bytes() for path in tiny_run.rglob("*") if path.is_file()} == before
 
 
+def test_another_comparison_judges_anew_without_acting_anew(stage, tiny_run, tiny_folder, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    before = {path.name: path.read_bytes() for path in (run / "predictions").iterdir()}
+    module = stage("06_evaluate")
+    monkeypatch.setattr(module, "load_model", lambda *args: pytest.fail("a model was loaded"))
+    module.main(["--run", str(run), "--model", str(tiny_folder), "--max-trace-tokens", "6", "--max-action-tokens", "6", "--versus", "none"])
+    results = json.loads((run / "results.json").read_text())["arms"]
+    assert results["none"]["versus"] is None and results["backward"]["versus"] == "none"
+    assert {path.name: path.read_bytes() for path in (run / "predictions").iterdir()} == before
+
+
+def test_a_model_fitted_on_other_pairs_is_not_evaluated(stage, tiny_run, tiny_folder, tmp_path, capsys):
+    """Its training conversations may be in the new test split."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    pairs = common.read_rows(run / "pairs.jsonl")
+    common.write_text(run / "pairs.jsonl", "".join(map(common.dump_row, pairs[1:])))
+    with pytest.raises(SystemExit) as caught:
+        stage("06_evaluate").main(["--run", str(run), "--model", str(tiny_folder)])
+    assert caught.value.code == 2 and "another pairs.jsonl" in capsys.readouterr().err
+
+
 def test_an_interrupted_stage_goes_on_and_ends_with_the_same_bytes(stage, tiny_run, tiny_folder, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)

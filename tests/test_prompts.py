@@ -66,7 +66,14 @@ def test_a_user_model_prompt_tells_people_apart(tiny):
     assert common.user_prompt(tokenizer, one, True) != common.user_prompt(tokenizer, other, True)
 
 
-def test_an_action_is_the_first_line_without_the_name_in_front(tiny):
-    _, tokenizer = tiny
+def test_an_action_is_the_first_line_without_the_name_in_front():
     for text, action in (("Sam: hello there\nAlex: hi", "hello there"), ("hello", "hello"), ("\n hello \n x", "hello"), ("", "")):
-        assert common.decode_action(tokenizer, common.Completion(common.encode_data(tokenizer, text), True)) == action
+        assert common.clean_action(text) == action
+
+
+def test_reconstruction_prompts_that_differ_before_the_trace_are_refused(tiny, monkeypatch, capsys):
+    """The baseline would be scored behind the wrong prefix."""
+    monkeypatch.setitem(common.PROMPTS, "reconstruction_no_trace", [("system", "other"), ("user", "Conversation:\n{context}")])
+    with pytest.raises(SystemExit):
+        common.reconstruction_prompt(tiny[1], "Alex: hi", [None, "trace"])
+    assert "must be the same up to {context}" in capsys.readouterr().err

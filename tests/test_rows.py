@@ -4,6 +4,7 @@ import argparse
 import json
 
 import pytest
+from conftest import make_pair
 
 import common
 
@@ -48,12 +49,12 @@ def test_rows_survive_a_round_trip_with_any_text(tmp_path):
 
 def test_a_torn_last_line_is_cut_off_and_the_rest_is_kept(tmp_path):
     path, record = tmp_path / "out.jsonl", {"seed": 0}
-    assert common.finished_rows(path, record, False) == []
+    assert common.finished_rows(path, record, False, ["id"], []) == {}
     common.begin_output(path, record, False)
     common.append_rows(path, [{"id": "a"}, {"id": "b"}])
     whole = path.read_bytes()
     path.write_bytes(whole + '{"id": "c", "text": "ü'.encode()[:-1])
-    assert [row["id"] for row in common.finished_rows(path, record, False)] == ["a", "b"]
+    assert list(common.finished_rows(path, record, False, ["id"], ["a", "b", "c"])) == ["a", "b"]
     assert path.read_bytes() == whole
 
 
@@ -61,27 +62,72 @@ def test_a_foreign_line_in_an_output_stops_and_keeps_the_file(tmp_path, capsys):
     path, record = tmp_path / "out.jsonl", {"seed": 0}
     common.begin_output(path, record, False)
     path.write_text('{"id": "a"}\nhello\n{"id": "b"}\n')
-    assert "line 2" in stopped(capsys, common.finished_rows, path, record, False)
+    assert "line 2" in stopped(capsys, common.finished_rows, path, record, False, ["id"], ["a", "b"])
     assert path.read_text() == '{"id": "a"}\nhello\n{"id": "b"}\n'
+
+
+@pytest.mark.parametrize("line", ['{"id": "z"}', '{"id": "a"}'])
+def test_a_row_that_does_not_belong_is_never_counted_as_finished(tmp_path, capsys, line):
+    path = tmp_path / "out.jsonl"
+    common.begin_output(path, {}, False)
+    path.write_text('{"id": "a"}\n' + line + "\n")
+    assert "line 2" in stopped(capsys, common.finished_rows, path, {}, False, ["id"], ["a", "b"])
+
+
+@pytest.mark.parametrize("change, word", [({"action": 5}, "'action'"), ({"action": " "}, "'action'"), ({"context": []}, "'context'"), ({"context": [{}]}, "'context'"),
+                                          ({"context": "x"}, "'context'"), ({"split": "dev"}, "'split'"), ({"id": []}, "'id'"), ({}, "twice")])
+def test_a_pair_that_no_stage_could_use_is_named_by_line(tmp_path, capsys, change, word):
+    pair = make_pair()
+    path = tmp_path / "pairs.jsonl"
+    common.append_rows(path, [pair, pair | change])
+    assert "line 2: " in (message := stopped(capsys, common.read_pairs, path)) and word in message
+
+
+@pytest.mark.parametrize("row", [{"candidates": []}, {"candidates": "x"}, {"candidates": [{"trace": None, "tokens": 1}]}, {"candidates": [{"trace": "x"}]}])
+def test_a_candidate_row_that_no_stage_could_use_is_named_by_line(tmp_path, capsys, row):
+    path = tmp_path / "candidates.jsonl"
+    common.append_rows(path, [{"id": "a"} | row])
+    assert "line 1: " in stopped(capsys, common.read_candidates, path, "02", ["trace", "tokens"])
+
+
+def test_an_output_of_an_earlier_input_is_refused_even_if_its_ids_fit(tmp_path, capsys):
+    source, output = tmp_path / "pairs.jsonl", tmp_path / "candidates.jsonl"
+    source.write_text('{"id": "a"}\n')
+    common.write_output(output, "", common.made_with(argparse.Namespace(run=tmp_path), [source]))
+    common.check_made_from(output, source, "02")
+    source.write_text('{"id": "a", "split": "test"}\n')
+    assert "another pairs.jsonl" in stopped(capsys, common.check_made_from, output, source, "02")
+
+
+def test_a_run_folder_that_cannot_be_made_stops_before_any_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    assert "cannot write to --run" in stopped(capsys, common.begin_run, tmp_path / "file")
+
+
+@pytest.mark.parametrize("flags", [["--limit", "0"], ["--limit", "-5"], ["--batch", "0"], ["--n", "none"], ["--min-p", "2"], ["--temperature", "-1"]])
+def test_a_number_that_makes_no_sense_is_refused(stage, tmp_path, capsys, flags):
+    with pytest.raises(SystemExit) as caught:
+        stage("02_sample_candidates").main(["--run", str(tmp_path), *flags])
+    assert caught.value.code == 2 and flags[0] in capsys.readouterr().err
 
 
 def test_another_record_stops_and_names_the_difference(tmp_path, capsys):
     path = tmp_path / "out.jsonl"
     common.begin_output(path, {"arguments": {"seed": 0}}, False)
     common.append_rows(path, [{"id": "a"}])
-    message = stopped(capsys, common.finished_rows, path, {"arguments": {"seed": 1}}, False)
+    message = stopped(capsys, common.finished_rows, path, {"arguments": {"seed": 1}}, False, ["id"], ["a"])
     assert "arguments.seed was 0, is now 1" in message and "--overwrite" in message
     assert common.read_rows(path) == [{"id": "a"}]
-    assert common.finished_rows(path, {"arguments": {"seed": 1}}, True) == []
+    assert common.finished_rows(path, {"arguments": {"seed": 1}}, True, ["id"], ["a"]) == {}
     assert common.read_rows(path) == [{"id": "a"}]                       # --overwrite takes nothing until the work begins
     common.begin_output(path, {"arguments": {"seed": 1}}, True)
-    assert common.read_rows(path) == [] and common.finished_rows(path, {"arguments": {"seed": 1}}, False) == []
+    assert common.read_rows(path) == [] and common.finished_rows(path, {"arguments": {"seed": 1}}, False, ["id"], ["a"]) == {}
 
 
 def test_the_record_changes_with_arguments_inputs_and_prompts_but_not_with_the_folder(tmp_path, monkeypatch):
     source = tmp_path / "in.jsonl"
     source.write_text("{}\n")
-    make = lambda **change: common.made_with(argparse.Namespace(**({"run": tmp_path, "overwrite": False, "seed": 0} | change)), [source])
+    make = lambda **change: common.made_with(argparse.Namespace(**({"run": tmp_path, "overwrite": False, "seed": 0} | change)), [source], ["user_model"])
     first = make()
     assert make(run=tmp_path / "other", overwrite=True) == first
     assert make(seed=1) != first

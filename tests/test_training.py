@@ -172,7 +172,7 @@ def test_one_grpo_step_moves_the_adapter_and_leaves_the_base_bit_identical(rl, p
     assert step["adapter_change"] > 0 and step["grad_norm"] > 0 and step["zero_variance"] == 0
     assert (prepared / "models" / "recon-grpo" / "made.json").is_file()
     pairs = common.read_rows(prepared / "pairs.jsonl")
-    assert [row["id"] for row in common.read_rows(prepared / "traces" / "recon-grpo.jsonl")] == [pair["id"] for pair in pairs if pair["split"] == "train"]
+    assert {row["id"] for row in common.read_rows(prepared / "traces" / "recon-grpo.jsonl")} == {pair["id"] for pair in pairs if pair["split"] == "train"}
 
 
 def without_times(rows):
@@ -203,6 +203,41 @@ def test_grpo_stopped_between_checkpoints_ends_like_an_undisturbed_run(rl, prepa
     assert (whole / "traces" / "recon-grpo.jsonl").read_bytes() == (prepared / "traces" / "recon-grpo.jsonl").read_bytes()
 
 
+def test_other_settings_of_the_fit_do_not_cost_the_trained_synthesizer(rl, prepared, tiny_folder, capsys):
+    rl.main(rl_arguments(prepared, tiny_folder, "--steps", "1"))
+    before = adapter_of(prepared / "models" / "synthesizer")
+    with pytest.raises(SystemExit):
+        rl.main(rl_arguments(prepared, tiny_folder, "--steps", "1", "--fit-lr", "1e-4"))
+    assert "fit_lr was 0.001, is now 0.0001. Remove it" in capsys.readouterr().err
+    shutil.rmtree(prepared / "models" / "recon-grpo")
+    rl.main(rl_arguments(prepared, tiny_folder, "--steps", "1", "--fit-lr", "1e-4"))
+    assert all(torch.equal(before[name], weight) for name, weight in adapter_of(prepared / "models" / "synthesizer").items())
+    assert (prepared / "models" / "recon-grpo").is_dir()
+
+
+def test_an_interrupted_overwrite_does_not_pass_old_work_off_as_new(rl, prepared, tiny_folder, monkeypatch):
+    rl.main(rl_arguments(prepared, tiny_folder, "--steps", "2"))
+    with monkeypatch.context() as patch:
+        patch.setattr(rl, "update", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            rl.main(rl_arguments(prepared, tiny_folder, "--steps", "2", "--overwrite"))
+    assert not (prepared / "models" / "synthesizer").exists()
+    rl.main(rl_arguments(prepared, tiny_folder, "--steps", "2"))
+    assert [row["step"] for row in common.read_rows(prepared / "rl.jsonl")] == [0, 1, 2]
+
+
+def test_training_can_be_continued_to_more_steps(rl, prepared, tiny_folder, tmp_path):
+    whole = tmp_path / "whole"
+    shutil.copytree(prepared, whole)
+    rl.main(rl_arguments(whole, tiny_folder, "--steps", "4"))
+    rl.main(rl_arguments(prepared, tiny_folder, "--steps", "2"))
+    shutil.rmtree(prepared / "models")
+    (prepared / "traces" / "recon-grpo.jsonl").unlink()
+    rl.main(rl_arguments(prepared, tiny_folder, "--steps", "4"))
+    one, other = (adapter_of(run / "models" / "synthesizer") for run in (whole, prepared))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_a_group_without_variance_is_skipped_and_counted(rl, tiny, numbers):
     model, _ = tiny
     adapted = common.add_adapter(model, 4, 0)
@@ -222,7 +257,8 @@ def test_e2e_continues_from_an_adapter_and_says_so_if_there_is_none(rl, sft, pre
     model, tokenizer = tiny
     backward = prepared / "models" / "backward"
     backward.parent.mkdir(exist_ok=True)
-    sft.fit_user_model(model, [sft.user_example(tokenizer, make_pair(), "x")], fit_arguments(epochs=3), backward, {"arguments": {"model": str(tiny_folder)}})
+    sft.fit_user_model(model, [sft.user_example(tokenizer, make_pair(), "x")], fit_arguments(epochs=3), backward,
+                       {"arguments": {"model": str(tiny_folder)}, "inputs": {"pairs.jsonl": common.file_hash(prepared / "pairs.jsonl")}})
     rl.main(rl_arguments(prepared, tiny_folder, "--steps", "1", "--objective", "e2e"))
     rows = [row for row in common.read_rows(prepared / "rl.jsonl") if row["objective"] == "e2e"]
     assert rows and (prepared / "models" / "e2e-grpo" / "adapter_model.safetensors").is_file()
