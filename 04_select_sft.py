@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from common import (Group, Row, add_adapter, begin_run, check_made_from, check_record, closing_line, discard, dump_row, load_model, made_with,
+from common import (Group, Row, add_adapter, begin_run, check_made_from, check_record, clip_gradients, closing_line, discard, dump_row, load_model, made_with,
                     packed_logprobs, positive_float, positive_int, progress, read_candidates, read_pairs, save_adapter, seed_of,
                     stage_arguments, stop, user_completion, user_prompt, write_output)
 
@@ -82,7 +82,8 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rank", type=positive_int, default=16, help="LoRA rank; alpha is twice that (default: %(default)s)")
     group.add_argument("--epochs", type=positive_int, default=2, help="passes over the training pairs (default: %(default)s)")
     group.add_argument("--batch", type=positive_int, default=2, help="pairs an optimizer step (default: %(default)s)")
-    group.add_argument("--fit-lr", type=positive_float, default=1e-3, help="peak learning rate of AdamW, after 10%% warm-up, falling linearly to 0; 2e-4 suits a model of billions (default: %(default)s)")
+    group.add_argument("--fit-lr", type=positive_float, default=1e-3,
+                       help="peak learning rate of AdamW, after 10%% warm-up, falling linearly to 0; 2e-4 suits a model of billions (default: %(default)s)")
 
 
 def fit_user_model(base: Any, examples: Sequence[Group], args: argparse.Namespace, folder: Path, record: Row) -> tuple[list[float], int]:
@@ -107,7 +108,7 @@ def fit_user_model(base: Any, examples: Sequence[Group], args: argparse.Namespac
             part.backward()
             loss += part.item()
             tokens += len(examples[place][0]) + len(examples[place][1][0])
-        torch.nn.utils.clip_grad_norm_(weights, 1.0, error_if_nonfinite=True)
+        clip_gradients(weights)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()

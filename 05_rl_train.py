@@ -41,7 +41,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common import (END_THINK, MIN_P, Group, Row, add_adapter, append_rows, batches_by_length, begin_output, begin_run, check_adapter,
-                    check_made_from, check_record, clean_action, closing_line, decode, discard, dump_row, embed, finished_rows, generate, leak_share,
+                    check_made_from, check_record, clean_action, clip_gradients, closing_line, decode, discard, dump_row, embed, finished_rows, generate, leak_share,
                     likelihood_scores, load_encoder, load_model, made_with, packed_logprobs, positive_float, positive_int, progress,
                     read_pairs, read_rows, replace_folder, save_adapter, seed_of, show_context, stage_arguments, stop,
                     synthesis_prompt, user_prompt, write_text)
@@ -89,7 +89,8 @@ def reward_e2e(model: Any, tokenizer: Any, encoder: Any, pairs: Sequence[Row], t
 # GRPO: rollout, advantages, update
 
 
-def rollout(model: Any, tokenizer: Any, prompts: Sequence[list[int]], pairs: Sequence[Row], step: int, args: argparse.Namespace) -> tuple[list[Group], list[list[str]]]:
+def rollout(model: Any, tokenizer: Any, prompts: Sequence[list[int]], pairs: Sequence[Row], step: int,
+            args: argparse.Namespace) -> tuple[list[Group], list[list[str]]]:
     """Sample a group of completions for each prompt: (the groups of token ids, their texts).
 
     The end token belongs to a completion that ended by itself: the policy chose it and must be credited for it.
@@ -137,7 +138,7 @@ def update(model: Any, optimizer: torch.optim.Optimizer, groups: Sequence[Group]
         surprise, counted = surprise + nats, counted + sum(map(len, groups[place][1]))
     norm = 0.0
     if useful:
-        norm = torch.nn.utils.clip_grad_norm_(weights, 1.0, error_if_nonfinite=True).item()
+        norm = clip_gradients(weights)
         optimizer.step()
         optimizer.zero_grad()
     change = sum((weight.detach() - old).square().sum() for weight, old in zip(weights, before)) ** 0.5
@@ -202,6 +203,8 @@ def train(base: Any, tokenizer: Any, pairs: Sequence[Row], held_out: Sequence[Ro
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=0.0)
     first = load_optimizer(checkpoint, optimizer) if resumed else 0
+    if first > args.steps:
+        stop(f"{checkpoint} has done {first} steps already; pass --steps {first} or more, or --overwrite")
     # The log may be ahead of the checkpoint; those steps are done again, with the same result.
     lines = [row for row in (read_rows(log, ("objective", "step")) if log.is_file() else []) if row["objective"] != args.objective or row["step"] < first]
     write_text(log, "".join(map(dump_row, lines)))

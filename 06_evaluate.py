@@ -163,58 +163,115 @@ td.text { overflow-wrap: anywhere; white-space: normal; } #examples td.text:not(
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const by = id => document.getElementById(id);
-function make(tag, text, name) { const node = document.createElement(tag); if (text !== undefined && text !== null) node.textContent = text; if (name) node.className = name; return node; }
-function draw(tag, attributes, text) { const node = document.createElementNS("http://www.w3.org/2000/svg", tag); for (const key in attributes) node.setAttribute(key, attributes[key]); if (text !== undefined) node.textContent = text; return node; }
+function make(tag, text, name) {
+  const node = document.createElement(tag);
+  if (text !== undefined && text !== null) node.textContent = text;
+  if (name) node.className = name;
+  return node;
+}
+function draw(tag, attributes, text) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const key in attributes) node.setAttribute(key, attributes[key]);
+  if (text !== undefined) node.textContent = text;
+  return node;
+}
 const fixed = (value, digits = 3) => value === null || value === undefined ? "" : value.toFixed(digits);
 const percent = value => (100 * value).toFixed(1) + " %";
 function table(head, rows, textColumns) {
   const node = make("table"), first = node.appendChild(make("tr"));
   head.forEach((label, i) => first.append(make("th", label, textColumns.includes(i) ? "text" : "")));
-  for (const row of rows) { const line = node.appendChild(make("tr")); row.forEach((cell, i) => { const box = line.appendChild(make("td", cell.text ?? cell, (textColumns.includes(i) ? "text " : "") + (cell.name ?? ""))); box.dataset.label = head[i]; }); }
+  for (const row of rows) {
+    const line = node.appendChild(make("tr"));
+    row.forEach((cell, i) => {
+      const box = line.appendChild(make("td", cell.text ?? cell, (textColumns.includes(i) ? "text " : "") + (cell.name ?? "")));
+      box.dataset.label = head[i];
+    });
+  }
   return node;
 }
 const arms = Object.keys(data.results), versus = data.versus;
 const model = data.made_with.arguments.model === "embedded" ? "SmolLM2-135M-Instruct" : data.made_with.arguments.model;
 by("about").textContent = `${data.examples.length} held-out pairs, model ${model}. Every arm is compared with “${versus}” by a sentence encoder: of two actions the one closer to what the person really wrote wins. With few pairs the intervals are wide; an interval that holds 50 % shows no difference.`;
 by("table").append(table(["arm", "n", "wins", "ties", "losses", "win rate", "95 % interval", "similarity", "log p(action)", "distinct"],
-  arms.map(arm => { const r = data.results[arm]; return [arm, r.n, r.wins ?? "", r.ties ?? "", r.losses ?? "", r.versus ? percent(r.win_rate) : "compared with", r.versus ? r.ci95.map(percent).join(" – ") : "", fixed(r.similarity), fixed(r.action_logprob), percent(r.distinct_actions)]; }), [0]));
+  arms.map(arm => {
+    const r = data.results[arm];
+    return [arm, r.n, r.wins ?? "", r.ties ?? "", r.losses ?? "", r.versus ? percent(r.win_rate) : "compared with",
+      r.versus ? r.ci95.map(percent).join(" – ") : "", fixed(r.similarity), fixed(r.action_logprob), percent(r.distinct_actions)];
+  }), [0]));
 {
   const shown = arms.filter(arm => data.results[arm].versus), height = 44 + 34 * shown.length, x = value => 130 + 540 * value;
   const svg = draw("svg", {viewBox: `0 0 720 ${height}`, role: "img", "aria-label": "win rates with intervals"});
-  for (const tick of [0, .25, .5, .75, 1]) svg.append(draw("line", {x1: x(tick), x2: x(tick), y1: 8, y2: height - 30, stroke: "var(--line)", "stroke-width": tick === .5 ? 2 : 1}), draw("text", {x: x(tick), y: height - 10, "text-anchor": "middle", class: "soft"}, 100 * tick + " %"));
-  shown.forEach((arm, i) => { const r = data.results[arm], y = 26 + 34 * i;
-    svg.append(draw("text", {x: 8, y: y + 5}, arm), draw("line", {x1: x(r.ci95[0]), x2: x(r.ci95[1]), y1: y, y2: y, stroke: "var(--mark)", "stroke-width": 2}), draw("circle", {cx: x(r.win_rate), cy: y, r: 6, fill: "var(--mark)"})); });
+  for (const tick of [0, .25, .5, .75, 1]) svg.append(
+    draw("line", {x1: x(tick), x2: x(tick), y1: 8, y2: height - 30, stroke: "var(--line)", "stroke-width": tick === .5 ? 2 : 1}),
+    draw("text", {x: x(tick), y: height - 10, "text-anchor": "middle", class: "soft"}, 100 * tick + " %"));
+  shown.forEach((arm, i) => {
+    const r = data.results[arm], y = 26 + 34 * i;
+    svg.append(
+      draw("text", {x: 8, y: y + 5}, arm),
+      draw("line", {x1: x(r.ci95[0]), x2: x(r.ci95[1]), y1: y, y2: y, stroke: "var(--mark)", "stroke-width": 2}),
+      draw("circle", {cx: x(r.win_rate), cy: y, r: 6, fill: "var(--mark)"}));
+  });
   by("plot").append(svg, make("p", `Win rate against ${versus}; a tie counts as half a win; bootstrap over conversations.`, "note"));
 }
 for (const objective of new Set(data.rl.map(row => row.objective))) {
-  const rows = data.rl.filter(row => row.objective === objective && row.reward !== undefined); if (!rows.length) continue;
+  const rows = data.rl.filter(row => row.objective === objective && row.reward !== undefined);
+  if (!rows.length) continue;
   by("curve").hidden = by("curve-title").hidden = false;
-  const held = data.rl.filter(row => row.objective === objective && row.val_reward !== undefined), last = Math.max(1, ...rows.map(row => row.step), ...held.map(row => row.step));
-  const values = [...rows.map(row => row.reward), ...held.map(row => row.val_reward)], low = Math.min(...values), high = Math.max(...values), x = step => 60 + 640 * step / last, y = v => 20 + 100 * (high > low ? (high - v) / (high - low) : .5);
+  const held = data.rl.filter(row => row.objective === objective && row.val_reward !== undefined);
+  const last = Math.max(1, ...rows.map(row => row.step), ...held.map(row => row.step));
+  const values = [...rows.map(row => row.reward), ...held.map(row => row.val_reward)], low = Math.min(...values), high = Math.max(...values);
+  const x = step => 60 + 640 * step / last, y = value => 20 + 100 * (high > low ? (high - value) / (high - low) : .5);
   const svg = draw("svg", {viewBox: "0 0 720 150", role: "img", "aria-label": `reward of ${objective}`});
-  svg.append(draw("text", {x: 4, y: y(high) + 4, class: "soft"}, fixed(high, 2)), draw("text", {x: 4, y: y(low) + 4, class: "soft"}, low < high ? fixed(low, 2) : ""), draw("polyline", {points: rows.map(row => `${x(row.step)},${y(row.reward)}`).join(" "), fill: "none", stroke: "var(--mark)", "stroke-width": 2}));
-  rows.forEach((row, i) => { svg.append(draw("circle", {cx: x(row.step), cy: y(row.reward), r: 3.5, fill: "var(--mark)"})); if (rows.length < 12 || i % Math.ceil(rows.length / 10) === 0) svg.append(draw("text", {x: x(row.step), y: 145, "text-anchor": "middle", class: "soft"}, (i ? "" : "step ") + row.step)); });
-  for (const row of held) svg.append(draw("rect", {x: x(row.step) - 5, y: y(row.val_reward) - 5, width: 10, height: 10, fill: "none", stroke: "var(--good)", "stroke-width": 2}));
+  svg.append(
+    draw("text", {x: 4, y: y(high) + 4, class: "soft"}, fixed(high, 2)),
+    draw("text", {x: 4, y: y(low) + 4, class: "soft"}, low < high ? fixed(low, 2) : ""),
+    draw("polyline", {points: rows.map(row => `${x(row.step)},${y(row.reward)}`).join(" "), fill: "none", stroke: "var(--mark)", "stroke-width": 2}));
+  rows.forEach((row, i) => {
+    svg.append(draw("circle", {cx: x(row.step), cy: y(row.reward), r: 3.5, fill: "var(--mark)"}));
+    if (i % Math.ceil(rows.length / 10) === 0)
+      svg.append(draw("text", {x: x(row.step), y: 145, "text-anchor": "middle", class: "soft"}, (i ? "" : "step ") + row.step));
+  });
+  for (const row of held)
+    svg.append(draw("rect", {x: x(row.step) - 5, y: y(row.val_reward) - 5, width: 10, height: 10, fill: "none", stroke: "var(--good)", "stroke-width": 2}));
   by("curve").append(make("h3", `objective ${objective}: mean reward of sampled completions (dots) and of greedy ones on held-out pairs (squares)`), svg);
 }
 let place = 0;
 function show() {
-  const example = data.examples[place], box = by("examples"); box.replaceChildren();
-  by("place").textContent = `${place + 1} of ${data.examples.length}`; by("previous").disabled = place === 0; by("next").disabled = place === data.examples.length - 1;
+  const example = data.examples[place], box = by("examples");
+  box.replaceChildren();
+  by("place").textContent = `${place + 1} of ${data.examples.length}`;
+  by("previous").disabled = place === 0;
+  by("next").disabled = place === data.examples.length - 1;
   const turns = box.appendChild(make("ul", null, "turns"));
-  for (const line of example.context.split("\n")) { const cut = line.indexOf(": "), item = turns.appendChild(make("li")); item.append(make("b", line.slice(0, cut + 1)), line.slice(cut + 1)); }
-  const truth = box.appendChild(make("div", null, "true")); truth.append(make("small", "what Sam really wrote"), make("div", example.action));
+  for (const line of example.context.split("\n")) {
+    const cut = line.indexOf(": ");
+    turns.appendChild(make("li")).append(make("b", line.slice(0, cut + 1)), line.slice(cut + 1));
+  }
+  box.appendChild(make("div", null, "true")).append(make("small", "what Sam really wrote"), make("div", example.action));
   box.append(make("h3", "What each arm's user model wrote"));
-  box.append(table(["arm", "trace", "action", "similarity"], arms.map(arm => { const r = example.arms[arm]; return [arm, r.trace === null ? "(this arm has none)" : r.trace || "(empty)", r.action || "(nothing)", fixed(r.similarity)]; }), [0, 1, 2]));
+  box.append(table(["arm", "trace", "action", "similarity"], arms.map(arm => {
+    const r = example.arms[arm];
+    return [arm, r.trace === null ? "(this arm has none)" : r.trace || "(empty)", r.action || "(nothing)", fixed(r.similarity)];
+  }), [0, 1, 2]));
   if (example.candidates.length) {
-    box.append(make("h3", "Candidate traces (written with the action in view) and their scores"), make("p", "likelihood: how much likelier the trace makes the action, nats a token; unsaid: the same without the words that the trace gives away; embedding: cosine of reconstruction and action; leak: share of the action's 4-grams in the trace.", "note"));
+    box.append(make("h3", "Candidate traces (written with the action in view) and their scores"));
+    box.append(make("p", "likelihood: how much likelier the trace makes the action, nats a token; unsaid: the same without the words that the trace "
+      + "gives away; embedding: cosine of reconstruction and action; leak: share of the action's 4-grams in the trace.", "note"));
     const scores = Object.keys(example.candidates[0].scores ?? {});
-    box.append(table(["trace", "reconstruction", ...scores, "leak"], [...example.candidates.map(c => [c.trace, c.reconstruction ?? "", ...scores.map(s => fixed(c.scores[s])), {text: percent(c.leak), name: c.leak > 0 ? "leak" : ""}]), ["(no trace)", example.baseline.reconstruction ?? "", ...scores.map(s => fixed(example.baseline[s])), ""]], [0, 1]));
+    const lines = example.candidates.map(c => [c.trace, c.reconstruction ?? "", ...scores.map(s => fixed(c.scores[s])),
+      {text: percent(c.leak), name: c.leak > 0 ? "leak" : ""}]);
+    lines.push(["(no trace)", example.baseline.reconstruction ?? "", ...scores.map(s => fixed(example.baseline[s])), ""]);
+    box.append(table(["trace", "reconstruction", ...scores, "leak"], lines, [0, 1]));
   }
   box.append(make("p", `${example.id} · modelled person ${example.user}`, "note"));
 }
-by("previous").onclick = () => { place--; show(); }; by("next").onclick = () => { place++; show(); };
-document.addEventListener("keydown", event => { if (event.key === "ArrowLeft" && place > 0) { place--; show(); } if (event.key === "ArrowRight" && place < data.examples.length - 1) { place++; show(); } });
+function move(step) {
+  place = Math.min(Math.max(place + step, 0), data.examples.length - 1);
+  show();
+}
+by("previous").onclick = () => move(-1);
+by("next").onclick = () => move(1);
+document.addEventListener("keydown", event => { if (event.key === "ArrowLeft") move(-1); if (event.key === "ArrowRight") move(1); });
 show();
 by("made").textContent = JSON.stringify(data.made_with, null, 1);
 </script>
@@ -284,7 +341,8 @@ def main(argv: list[str] | None = None) -> None:
 
     encoder = load_encoder(args.encoder)
     true = embed(encoder, [pair["action"] for pair in pairs])                           # [pairs, dim]
-    similarity = {arm: (embed(encoder, [rows[pair["id"]]["action"] for pair in pairs]) * true).sum(-1).tolist() for arm, rows in predictions.items()}
+    similarity = {arm: (embed(encoder, [rows[pair["id"]]["action"] for pair in pairs]) * true).sum(-1).tolist()
+                  for arm, rows in predictions.items()}
     judgements, results = [], {}
     for arm, rows in predictions.items():
         mine = [rows[pair["id"]] for pair in pairs]
@@ -298,10 +356,13 @@ def main(argv: list[str] | None = None) -> None:
         results[arm] |= {"similarity": sum(similarity[arm]) / len(pairs), "action_logprob": sum(row["action_logprob"] for row in mine) / len(pairs),
                          "distinct_actions": len(set(actions)) / len(actions), "empty_actions": actions.count(""), "ids": [pair["id"] for pair in pairs]}
 
-    scored = {row["id"]: row for row in read_candidates(shown["scores.jsonl"], "03_reconstruct_score.py", ("scores", "leak"), ("baseline",))} if "scores.jsonl" in shown else {}
+    scored = {}
+    if "scores.jsonl" in shown:
+        scored = {row["id"]: row for row in read_candidates(shown["scores.jsonl"], "03_reconstruct_score.py", ("scores", "leak"), ("baseline",))}
     examples = []
     for place, pair in enumerate(pairs):
-        arms = {arm: {"trace": rows[pair["id"]]["trace"], "action": rows[pair["id"]]["action"], "similarity": similarity[arm][place]} for arm, rows in predictions.items()}
+        arms = {arm: {"trace": rows[pair["id"]]["trace"], "action": rows[pair["id"]]["action"], "similarity": similarity[arm][place]}
+                for arm, rows in predictions.items()}
         row = scored.get(pair["id"], {"candidates": [], "baseline": {}})
         examples.append({"id": pair["id"], "user": pair["user"], "context": show_context(pair), "action": pair["action"],
                          "candidates": row["candidates"], "baseline": row["baseline"], "arms": arms})

@@ -310,6 +310,14 @@ def save_adapter(model: Any, folder: Path, record: Row) -> None:
     replace_folder(temporary, folder)
 
 
+def clip_gradients(weights: Sequence[torch.Tensor], largest: float = 1.0) -> float:
+    """Scale the gradients to a norm of at most `largest` and return the norm; a NaN or an infinity stops."""
+    norm = torch.nn.utils.clip_grad_norm_(weights, largest).item()
+    if norm != norm or norm == float("inf"):
+        stop("the gradient is not finite; lower the learning rate (what was saved before this step is kept)")
+    return norm
+
+
 def batches_by_length(items: Sequence, length: Any, size: int) -> list[list]:
     """Items in batches of `size`, longest first, so that little is padded and a memory error comes at the start.
 
@@ -475,14 +483,17 @@ SYNTHESIS_TASK = (
     "Conversation:\n{context}\n\nThen Sam wrote:\n{action}\n\n"
     "In two short sentences, say what Sam feels, wants and values just before writing this. Do not quote it.")
 
+CAR = "Alex: my car broke down again this morning\nSam: oh no, the same thing as last month?\nAlex: yes, and the new gearbox costs 900 dollars"
+FILM = "Alex: you have to see the new space film\nSam: is it good?\nAlex: best thing I have seen in my whole life!!"
+
 PROMPTS = {
     # M_r, the synthesizer, sees context and action and writes a trace. Two worked examples stand as earlier
     # turns: without them a 135M model writes nonsense.
     "synthesis": [
         ("system", "You explain what a person feels, wants and values just before the person writes a message."),
-        ("user", SYNTHESIS_TASK.replace("{context}", "Alex: my car broke down again this morning\nSam: oh no, the same thing as last month?\nAlex: yes, and the new gearbox costs 900 dollars").replace("{action}", "ugh that is so much. could anyone drive you to work this week?")),
+        ("user", SYNTHESIS_TASK.replace("{context}", CAR).replace("{action}", "ugh that is so much. could anyone drive you to work this week?")),
         ("assistant", "Sam feels sorry about the big bill. Sam values practical help and wants to know how Alex will get around."),
-        ("user", SYNTHESIS_TASK.replace("{context}", "Alex: you have to see the new space film\nSam: is it good?\nAlex: best thing I have seen in my whole life!!").replace("{action}", "haha you say that about every film")),
+        ("user", SYNTHESIS_TASK.replace("{context}", FILM).replace("{action}", "haha you say that about every film")),
         ("assistant", "Sam is amused, because Alex gets excited so easily. Sam likes teasing friends more than agreeing with them."),
         ("user", SYNTHESIS_TASK),
     ],
