@@ -137,13 +137,13 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; white-space: nowrap; }
 tr:last-child td { border-bottom: 0; } th { color: var(--soft); font-weight: 500; font-size: .85rem; white-space: nowrap; }
 th:first-child, td:first-child, td.text, th.text { text-align: left; }
-svg { display: block; width: 100%; height: auto; } svg text { fill: var(--ink); font: 13px system-ui, sans-serif; } svg .soft { fill: var(--soft); }
+svg { display: block; width: 100%; min-width: 34rem; height: auto; } svg text { fill: var(--ink); font: 13px system-ui, sans-serif; } svg .soft { fill: var(--soft); }
 .turns { margin: 0; padding: 0; list-style: none; } .turns li { margin: .15rem 0; } .turns b { font-weight: 600; }
 .true { border-left: 3px solid var(--good); padding: .3rem .8rem; margin: .6rem 0; }
 nav { display: flex; gap: .5rem; align-items: center; flex-wrap: wrap; margin: .6rem 0; } button { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .25rem .8rem; cursor: pointer; }
 button:disabled { opacity: .4; cursor: default; } button:focus-visible { outline: 2px solid var(--mark); }
 .leak { color: var(--bad); } small { color: var(--soft); } pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; margin: 0; }
-td.text { overflow-wrap: anywhere; white-space: normal; } #examples td.text:not(:first-child) { min-width: 12rem; }
+td.text { overflow-wrap: anywhere; white-space: normal; } #examples td.text { min-width: 12rem; }
 @media (max-width: 40rem) { #examples table, #examples tbody, #examples tr, #examples td { display: block; text-align: left; } #examples tr:first-child { display: none; } #examples td { border: 0; padding: .1rem 0; } #examples tr { border-bottom: 1px solid var(--line); padding: .5rem 0; } #examples td[data-label]::before { content: attr(data-label) ": "; color: var(--soft); font-size: .85rem; } }
 </style>
 </head>
@@ -197,7 +197,7 @@ by("table").append(table(["arm", "n", "wins", "ties", "losses", "win rate", "95 
     const r = data.results[arm];
     return [arm, r.n, r.wins ?? "", r.ties ?? "", r.losses ?? "", r.versus ? percent(r.win_rate) : "compared with",
       r.versus ? r.ci95.map(percent).join(" – ") : "", fixed(r.similarity), fixed(r.action_logprob), percent(r.distinct_actions)];
-  }), [0]));
+  }), []));
 {
   const shown = arms.filter(arm => data.results[arm].versus), height = 44 + 34 * shown.length, x = value => 130 + 540 * value;
   const svg = draw("svg", {viewBox: `0 0 720 ${height}`, role: "img", "aria-label": "win rates with intervals"});
@@ -252,7 +252,7 @@ function show() {
   box.append(table(["arm", "trace", "action", "similarity"], arms.map(arm => {
     const r = example.arms[arm];
     return [arm, r.trace === null ? "(this arm has none)" : r.trace || "(empty)", r.action || "(nothing)", fixed(r.similarity)];
-  }), [0, 1, 2]));
+  }), [1, 2]));
   if (example.candidates.length) {
     box.append(make("h3", "Candidate traces (written with the action in view) and their scores"));
     box.append(make("p", "likelihood: how much likelier the trace makes the action, nats a token; unsaid: the same without the words that the trace "

@@ -34,7 +34,6 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")     # peft asks
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -423,6 +422,8 @@ def add_adapter(model: Any, rank: int, seed: int, start_from: Path | None = None
     The base stays in eval mode: its dropout, if any, would make rewards and log-probs disagree. `.unload()` gives the
     bare base back; nothing is ever merged into it, which in 4 bits would round the adapter away.
     """
+    from peft import LoraConfig, PeftModel, get_peft_model  # here: its import takes seconds that a finished stage need not pay
+
     if start_from:
         return PeftModel.from_pretrained(model, start_from, is_trainable=True).eval()
     torch.manual_seed(seed)
@@ -441,6 +442,8 @@ def check_adapter(folder: Path, name: str) -> None:
 
 def load_adapter(model: Any, folder: Path, name: str) -> Any:
     """Put a saved adapter on the base for inference, after checking that it was fitted on the base called `name`."""
+    from peft import PeftModel
+
     check_adapter(folder, name)
     return PeftModel.from_pretrained(model, folder).eval()
 
