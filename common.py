@@ -413,6 +413,11 @@ def load_model(name: str, four_bit: bool | None) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(model_folder(name), **options)
     except (OSError, ValueError, ImportError, SafetensorError) as problem:
         stop(f"cannot load --model {name}: {first_line(problem)}")
+    for module in model.modules():
+        # bitsandbytes repacks 4-bit weights on some CPUs at the first forward without gradients. The repacked kernel has
+        # no backward: after one sampling step every adapter below it would be trained with silently wrong gradients.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model.eval().requires_grad_(False), tokenizer
 
 

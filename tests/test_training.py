@@ -101,6 +101,32 @@ def test_an_adapter_of_another_base_is_refused(sft, tiny, tmp_path, capsys):
     assert "fitted on --model tiny" in capsys.readouterr().err
 
 
+def test_gradients_through_a_4_bit_base_equal_those_through_its_dequantised_weights(tiny_folder, numbers):
+    """Also after sampling, which on some CPUs makes bitsandbytes repack the weights for a kernel without a backward."""
+    from bitsandbytes.functional import dequantize_4bit
+    quantised, tokenizer = common.load_model(str(tiny_folder), True)
+    plain, _ = common.load_model(str(tiny_folder), False)
+    linears = dict(plain.named_modules())
+    layers = [(name, module) for name, module in quantised.named_modules() if type(module).__name__ == "Linear4bit"]
+    assert len(layers) == 14
+    for name, module in layers:
+        linears[name].weight.data = dequantize_4bit(module.weight.data, module.weight.quant_state).to(torch.float32)
+    groups = [(random_ids(numbers, 3, 9), [random_ids(numbers, 1, 7) for _ in range(3)]) for _ in range(2)]
+    common.generate(quantised, tokenizer, groups, 3)
+    gradients = []
+    for base in (quantised, plain):
+        model = common.add_adapter(base, 4, 0)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "lora_B" in name:                                     # with B at 0 the gradient of A would be 0
+                    weight.copy_(torch.linspace(-0.1, 0.1, weight.numel()).view_as(weight))
+        sum(row.sum() for rows in common.packed_logprobs(model, groups) for row in rows).backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad})
+    assert len(gradients[0]) == 28 and gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=2e-3, rtol=2e-3, msg=name)
+
+
 def test_advantages_equal_the_obvious_formula(rl, numbers):
     for _ in range(20):
         rewards = [numbers.gauss(0, 2) for _ in range(numbers.randint(2, 8))]
