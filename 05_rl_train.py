@@ -41,8 +41,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common import (END_THINK, MIN_P, Group, Row, add_adapter, append_rows, batches_by_length, begin_output, begin_run, check_adapter,
-                    check_made_from, check_record, clean_action, clip_gradients, closing_line, decode, discard, dump_row, embed, finished_rows, generate, leak_share,
-                    likelihood_scores, load_encoder, load_model, made_with, packed_logprobs, positive_float, positive_int, progress,
+                    check_made_from, check_record, clean_action, clip_gradients, closing_line, decode, discard, dump_row, embed,
+                    finished_rows, generate, leak_share, likelihood_scores, load_encoder, load_model, made_with, packed_logprobs, positive_float, positive_int, progress,
                     read_pairs, read_rows, replace_folder, save_adapter, seed_of, show_context, stage_arguments, stop,
                     synthesis_prompt, user_prompt, write_text)
 
@@ -162,7 +162,7 @@ def save_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer, 
     state = {f"{place}.{key}": value for place, entry in optimizer.state_dict()["state"].items() for key, value in entry.items()}
     temporary = folder.with_name(folder.name + ".new")
     save_adapter(model, temporary, record)
-    save_file(state, temporary / "optimizer.safetensors", metadata={"step": str(step)})
+    save_file(state, temporary / "optimizer.safetensors")
     write_text(temporary / "step.json", json.dumps(step))
     replace_folder(temporary, folder)
 
@@ -335,7 +335,8 @@ def main(argv: list[str] | None = None) -> None:
     tokens = 0
     if not trained:
         model, tokenizer = load_model(args.model, args.four_bit)
-        for old in [target, args.run / "rl" / args.objective] if args.overwrite else []:
+        remade = [target, args.run / "rl" / args.objective, *([traces, arm] if args.objective == "recon" else [])]
+        for old in remade if args.overwrite else []:
             discard(old)
         tokens += train(model, tokenizer, pairs, held_out, args, target, record, so_far)
     if args.objective == "recon":
@@ -349,8 +350,6 @@ def main(argv: list[str] | None = None) -> None:
             return
         if model is None:
             model, tokenizer = load_model(args.model, args.four_bit)
-        if args.overwrite:
-            discard(arm)
         chosen = write_traces(model, tokenizer, pairs, args, target, traces, of_traces)
         examples = [select_sft.user_example(tokenizer, by_id[row["id"]], row["trace"]) for row in chosen]
         losses, read = select_sft.fit_user_model(model, examples, args, arm, of_arm)

@@ -303,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
         stop(f"{args.run / 'models' / args.versus} does not exist, and --versus {args.versus} is compared with; run 04_select_sft.py first")
     for arm, folder in folders.items():
         check_adapter(folder, args.model)
-        check_made_from(folder, source, "the stages from 02 on, or remove it:")
+        check_made_from(folder, source, "the stages from 02 on with")
     adapters = {arm: folder / "adapter_model.safetensors" for arm, folder in folders.items()}
     shown = {name: args.run / name for name in ("scores.jsonl", "rl.jsonl") if (args.run / name).is_file()}
     record = made_with(args, [source, *adapters.values(), *shown.values()], ["user_model"])

@@ -611,7 +611,7 @@ class Completion:
 class RoomyLayer(DynamicLayer):
     """A key/value cache layer that keeps room for 64 more tokens.
 
-    transformers' DynamicLayer copies the whole cache for every new token, which took half of the sampling time on a
+    transformers' DynamicLayer copies the whole cache for every new token, which was half of a profile of sampling on a
     CPU. Here a token is written into the spare room, and only a full buffer, or rows that were selected, are copied.
     """
 

@@ -124,7 +124,7 @@ def test_gradients_through_a_4_bit_base_equal_those_through_its_dequantised_weig
         gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad})
     assert len(gradients[0]) == 28 and gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], atol=2e-3, rtol=2e-3, msg=name)
+        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-4, rtol=1e-4, msg=name)
 
 
 def test_advantages_equal_the_obvious_formula(rl, numbers):
@@ -247,7 +247,8 @@ def test_an_interrupted_overwrite_does_not_pass_old_work_off_as_new(rl, prepared
         patch.setattr(rl, "update", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             rl.main(rl_arguments(prepared, tiny_folder, "--steps", "2", "--overwrite"))
-    assert not (prepared / "models" / "synthesizer").exists()
+    for name in ("models/synthesizer", "models/recon-grpo", "traces/recon-grpo.jsonl", "rl/recon"):
+        assert not (prepared / name).exists(), name
     rl.main(rl_arguments(prepared, tiny_folder, "--steps", "2"))
     assert [row["step"] for row in common.read_rows(prepared / "rl.jsonl")] == [0, 1, 2]
 
