@@ -25,8 +25,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import (Row, begin_run, check_record, dump_row, encode_data, fraction, load_tokenizer, made_with, package_folder,
-                    positive_int, progress, read_pairs, read_rows, show_context, stage_arguments, stop, write_output)
+from common import (Row, begin_run, check_record, cut_context, dump_row, encode_data, fraction, load_tokenizer, made_with, package_folder,
+                    positive_int, progress, read_pairs, read_rows, stage_arguments, stop, write_output)
 
 Conversation = tuple[str, str | None, list[tuple[str, str]]]  # (id, time that sorts or None, [(speaker, text), …])
 
@@ -155,11 +155,9 @@ def make_pairs(conversations: list[Conversation], users: list[str], splits: dict
                 seen.add(key)
                 context = [{"speaker": who, "text": said} for who, said in turns[max(0, place - limits["turns"]):place]]
                 row = {"id": f"{limits['source']}/{name}/{place}", "user": speaker, "conversation": name,
-                       "split": splits[name], "context": context, "action": text}
-                while context and len(encode_data(tokenizer, show_context(row))) > limits["context_tokens"]:
-                    context.pop(0)
-                if context:
-                    pairs.append(row | {"cut": place - len(context)})
+                       "split": splits[name], "context": context, "action": text, "cut": place - len(context)}
+                if fitting := cut_context(tokenizer, row, limits["context_tokens"]):
+                    pairs.append(fitting)
                 else:
                     dropped["last turn before the action too long"] += 1
     return pairs, dropped
@@ -196,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     group = parser.add_argument_group("what makes a pair")
     group.add_argument("--max-context-turns", type=positive_int, default=6, help="turns before the action (default: %(default)s)")
     group.add_argument("--max-context-tokens", type=positive_int, default=96, help="tokens of the model in a context (default: %(default)s)")
-    group.add_argument("--min-action-words", type=positive_int, default=5, help="words in an action, at least (default: %(default)s)")
+    group.add_argument("--min-action-words", type=positive_int, default=8, help="words in an action, at least; fewer give nothing to reconstruct (default: %(default)s)")
     group.add_argument("--max-action-tokens", type=positive_int, default=32, help="tokens in an action, at most (default: %(default)s)")
     group = parser.add_argument_group("splits, as shares of each person's conversations (and of the pairs under --limit)")
     group.add_argument("--val-share", type=fraction, default=0.1, help="share of validation (default: %(default)s)")

@@ -6,30 +6,47 @@ M_a never sees the action when it writes. All scores are per candidate, higher i
     likelihood   mean over the action's tokens of log p(token | context, trace) - log p(token | context), nats a token
     unsaid       the same, but tokens of content words that the trace gives away earn nothing
     embedding    cosine of the encoded reconstruction and the encoded action
-    leak         share of the action's 4-grams that stand in the trace but not in the context (a warning, not a score)
+    judge        a language model sees the action and all N reconstructions and rates style, intent, values; mean, 0 to 9
+
+and the leak guard, which no score is trusted without, because a trace that quotes the action reconstructs it best:
+
+    leak         share of the action's 4-grams that stand in the trace but not in the context
+    reworded     how much of the action the trace gives away in other words or forms (see common.guard_traces)
+    stopped      true if either is too high; selection and GRPO put a stopped trace behind every other
 
     in     RUN/pairs.jsonl, RUN/candidates.jsonl
-    out    RUN/scores.jsonl     id, candidates [{… reconstruction, leak, scores, logprob_sum}],
-                                baseline {the same scores with no trace}
+    out    RUN/scores.jsonl             id, candidates [{… leak, reworded, stopped, reconstruction, scores, logprob_sum}],
+                                        baseline {the scores with no trace}, control {another pair's trace, its scores}, calls
+           RUN/scores.summary.json      the controls below, what the guard stopped, model calls
+           RUN/token_logprobs.jsonl     with --keep-token-logprobs: what other aggregates need, without a model call
 
 How to run it:
 
     python 03_reconstruct_score.py
-    python 03_reconstruct_score.py --scorers likelihood      without writing reconstructions: several times faster
+    python 03_reconstruct_score.py --scorers likelihood                          writes no reconstructions: several times faster
+    python 03_reconstruct_score.py --scorers likelihood,embedding,judge          the paper's scorer beside ours
+    python 03_reconstruct_score.py --scorers judge --judge openai:gpt-5-mini     by a server (OPENAI_BASE_URL, OPENAI_API_KEY)
 
-Departures from the paper: it rates the reconstruction with a language model; here its probability and an encoder do.
-Both read the same (context, trace) prompt. The leak share and `unsaid` are ours, and needed: a trace that quotes the
-action reconstructs it best.
+The summary's controls say whether a score measures anything: how often a pair's own trace beats another pair's (AUC;
+0.5 is noise), whether the score merely follows length or leaks, and in how many pairs no trace beats no trace at all.
+
+Departures from the paper: it scores with a judge alone, in 2N + 1 model calls a pair (N traces, N reconstructions, one
+judgement), as `--scorers judge` does. The other scores, the guard and the controls are ours.
 """
 
-from collections.abc import Sequence
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from common import (Group, Row, append_rows, batches_by_length, begin_output, begin_run, check_made_from, clean_action, closing_line, decode,
-                    embed, finished_rows, generate, leak_share, likelihood_scores, load_encoder, load_model, made_with, positive_int,
-                    progress, read_candidates, read_pairs, reconstruction_prompt, show_context, stage_arguments, stop)
+from common import (ASPECTS, SCORING_PROMPTS, Group, Row, append_rows, batches_by_length, begin_output, begin_run, bootstrap_interval, check_made_from,
+                    clean_action, closing_line, cut_context, decode, embed, encode_data, encode_prompt, finished_rows, generate, guard_traces,
+                    judge_locally, judge_remotely, likelihood_scores, load_encoder, load_model, made_with, positive_int, progress, read_candidates,
+                    read_pairs, reconstruction_prompt, seed_of, show_context, stage_arguments, stop, write_text)
 
-SCORERS = ("likelihood", "embedding")
+SCORERS = ("likelihood", "embedding", "judge")
+Judge = Callable[[str, str, Sequence[str]], tuple[list[dict[str, float]] | None, int]]  # (context, action, guesses) -> (ratings, calls)
 
 
 def reconstruct(model: Any, tokenizer: Any, contexts: Sequence[str], traces: Sequence[Sequence[str | None]], max_tokens: int) -> list[list[str]]:
@@ -45,79 +62,276 @@ def reconstruct(model: Any, tokenizer: Any, contexts: Sequence[str], traces: Seq
     return [[next(texts) for _ in some] for some in traces]
 
 
-def score_pairs(model: Any, tokenizer: Any, encoder: Any, pairs: Sequence[Row], sampled: Sequence[Row],
-                scorers: Sequence[str], max_tokens: int) -> list[Row]:
-    """The row `sampled` of each pair, every candidate with its scores, and `baseline`, the same without a trace."""
+def load_judge(name: str | None, model: Any, tokenizer: Any, four_bit: bool | None) -> Judge:
+    """The judge called `name`: a server's, another local model, or (None) the reconstructor itself."""
+    if name and name.startswith("openai:"):
+        return partial(judge_remotely, name.removeprefix("openai:"))
+    if name:
+        model, tokenizer = load_model(name, four_bit)
+    return lambda context, action, guesses: (judge_locally(model, tokenizer, context, action, guesses), 1)
+
+
+def judge_in_order(judge: Judge, context: str, action: str, guesses: Sequence[str], first: int) -> tuple[list[dict[str, float]] | None, int]:
+    """The judge's ratings of `guesses`, in their order, when guess number `first` is shown first and the rest follow in a circle."""
+    shown = [*guesses[first:], *guesses[:first]]
+    ratings, calls = judge(context, action, shown)
+    return (ratings and [ratings[(place - first) % len(guesses)] for place in range(len(guesses))]), calls
+
+
+def score_pairs(model: Any, tokenizer: Any, encoder: Any, judge: Judge | None, pairs: Sequence[Row], sampled: Sequence[Row], controls: Sequence[Row],
+                scorers: Sequence[str], max_tokens: int) -> tuple[list[Row], list[Row]]:
+    """The row `sampled` of each pair with scores for every candidate, for no trace and for the control; and its token log-probs.
+
+    A control is {id, trace}, a trace of another pair. The judge never sees it, nor the reconstruction without a trace:
+    with the judge alone there are N reconstructions and one judgement a pair.
+    """
     contexts = [show_context(pair) for pair in pairs]
-    rows = []
-    for pair, context, row in zip(pairs, contexts, sampled):
-        scored = [{**candidate, "leak": leak_share(candidate["trace"], pair["action"], context), "scores": {}} for candidate in row["candidates"]]
-        rows.append({**row, "candidates": scored, "baseline": {}})
+    rows, logprobs = [], []
+    for pair, context, row, control in zip(pairs, contexts, sampled, controls):
+        everyone = [dict(candidate) for candidate in (*row["candidates"], control)]
+        for candidate, found in zip(everyone, guard_traces(encoder, [candidate["trace"] for candidate in everyone], pair["action"], context)):
+            candidate |= found | {"scores": {}}
+        rows.append({**row, "cut": pair.get("cut", 0), "candidates": everyone[:-1], "baseline": {}, "control": everyone[-1], "calls": {}})
+
     if "likelihood" in scorers:
         for pair, row in zip(pairs, rows):
-            gains, base = likelihood_scores(model, tokenizer, pair, [candidate["trace"] for candidate in row["candidates"]])
-            for candidate, gain in zip(row["candidates"], gains):
+            everyone = [*row["candidates"], row["control"]]
+            gains, tokens = likelihood_scores(model, tokenizer, pair, [candidate["trace"] for candidate in everyone])
+            for candidate, gain in zip(everyone, gains):
                 candidate["logprob_sum"] = gain.pop("logprob_sum")
                 candidate["scores"] |= gain
-            row["baseline"] |= {"likelihood": 0.0, "unsaid": 0.0, "logprob_sum": sum(base), "action_tokens": len(base)}
+            row["baseline"] |= {"likelihood": 0.0, "unsaid": 0.0, "logprob_sum": sum(tokens[0]), "action_tokens": len(tokens[0])}
+            logprobs.append({"id": row["id"], "baseline": tokens[0], "candidates": tokens[1:-1], "control": tokens[-1]})
+
+    if "embedding" in scorers or "judge" in scorers:
+        more = [[None, row["control"]["trace"]] if "embedding" in scorers else [] for row in rows]
+        written = reconstruct(model, tokenizer, contexts, [[*(c["trace"] for c in row["candidates"]), *extra] for row, extra in zip(rows, more)], max_tokens)
+        for row, texts, extra in zip(rows, written, more):
+            places = [*row["candidates"], row["baseline"], row["control"]]
+            for place, text in zip(places, texts):
+                place["reconstruction"] = text
+            row["calls"] = {"reconstructions": len(row["candidates"]), "reconstructions for controls": len(extra)}
+
     if "embedding" in scorers:
-        written = reconstruct(model, tokenizer, contexts, [[None, *(c["trace"] for c in row["candidates"])] for row in rows], max_tokens)
-        for pair, row, (without, *texts) in zip(pairs, rows, written):
-            action, *vectors = embed(encoder, [pair["action"], without, *texts])        # unit length, so a dot is a cosine
-            row["baseline"] |= {"reconstruction": without, "embedding": (action @ vectors[0]).item()}
-            for candidate, text, vector in zip(row["candidates"], texts, vectors[1:]):
-                candidate["reconstruction"] = text
+        for pair, row in zip(pairs, rows):
+            everyone = [*row["candidates"], row["control"]]
+            action, without, *vectors = embed(encoder, [pair["action"], row["baseline"]["reconstruction"], *(c["reconstruction"] for c in everyone)])
+            row["baseline"]["embedding"] = (action @ without).item()                    # unit length, so a dot is a cosine
+            for candidate, vector in zip(everyone, vectors):
                 candidate["scores"]["embedding"] = (action @ vector).item()
-    return rows
+
+    if "judge" in scorers:
+        for pair, context, row in zip(pairs, contexts, rows):
+            guesses = [candidate["reconstruction"] for candidate in row["candidates"]]
+            # Another guess comes first in every pair, so that no candidate's number gains from its place.
+            ratings, row["calls"]["judgements"] = judge_in_order(judge, context, pair["action"], guesses, seed_of("judge", row["id"]) % len(guesses))
+            for candidate, rating in zip(row["candidates"], ratings or [None] * len(guesses)):
+                candidate["judge"] = rating
+                candidate["scores"]["judge"] = rating and sum(rating.values()) / len(ASPECTS)
+    return rows, logprobs
+
+
+# ------------------------------------------------------------------------------------------------
+# Controls: does the score measure what it should?
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """Ranks from 0, ties sharing their mean rank: ranks([5, 1, 5]) is [1.5, 0, 1.5]."""
+    return [sum(other < value for other in values) + (sum(other == value for other in values) - 1) / 2 for value in values]
+
+
+def rank_correlation(groups: Sequence[tuple[Sequence[float], Sequence[float]]]) -> float | None:
+    """Spearman's correlation within groups: ranks are taken inside each pair's candidates, so pairs do not differ in level.
+
+    None if there is nothing to correlate.
+    """
+    products = squares_x = squares_y = 0.0
+    for xs, ys in groups:
+        middle = (len(xs) - 1) / 2
+        for x, y in zip(ranks(xs), ranks(ys)):
+            products, squares_x, squares_y = products + (x - middle) * (y - middle), squares_x + (x - middle) ** 2, squares_y + (y - middle) ** 2
+    return products / (squares_x * squares_y) ** 0.5 if squares_x and squares_y else None
+
+
+def own_over_other(own: Sequence[float], other: Sequence[float]) -> float:
+    """AUC of one pair: the share of (own, other) comparisons that the own trace wins, a tie counting half."""
+    return sum((a > b) + 0.5 * (a == b) for a in own for b in other) / (len(own) * len(other))
+
+
+def auc(rows: Sequence[Row], conversations: dict[str, str], name: str, guarded: bool, seed: int = 0) -> Row | None:
+    """How often a pair's own traces beat the control, averaged over pairs, with a 95 % interval by conversation.
+
+    `guarded` leaves out stopped traces, own ones and controls.
+    """
+    points, clusters = [], []
+    for row in rows:
+        some = [[c["scores"][name] for c in side if c["scores"].get(name) is not None and not (guarded and c["stopped"])]
+                for side in (row["candidates"], [row["control"]])]
+        if all(some):
+            points.append(own_over_other(*some))
+            clusters.append(conversations[row["id"]])
+    if not points:
+        return None
+    return {"auc": sum(points) / len(points), "ci95": bootstrap_interval(points, clusters, seed), "pairs": len(points)}
+
+
+def measure_controls(rows: Sequence[Row], conversations: dict[str, str], name: str) -> Row:
+    """The controls of one score over all rows."""
+    scored = [row for row in rows if any(c["scores"].get(name) is not None for c in row["candidates"])]
+    groups = [[c for c in row["candidates"] if c["scores"].get(name) is not None] for row in scored]
+    against = lambda key: rank_correlation([([c["scores"][name] for c in some], [c[key] for c in some]) for some in groups])
+    beaten = [all(c["scores"][name] <= row["baseline"][name] for c in some) for row, some in zip(scored, groups) if name in row["baseline"]]
+    return {"own_over_other": auc(rows, conversations, name, False), "own_over_other_guarded": auc(rows, conversations, name, True),
+            "correlation_with_length": against("tokens"), "correlation_with_leak": against("leak"), "correlation_with_rewording": against("reworded"),
+            "pairs_where_no_trace_wins": sum(beaten) / len(beaten) if beaten else None}
+
+
+def judge_movement(judge: Judge, pairs: Sequence[Row], rows: Sequence[Row]) -> Row | None:
+    """How far ratings move when the same guesses are shown in every rotation, beside how far they differ between guesses.
+
+    Both are mean absolute differences on the 0 to 9 scale: of one guess in two orders, of two guesses over all orders.
+    """
+    moved, apart, calls = [], [], 0
+    for pair, row in zip(pairs, rows):
+        guesses = [candidate["reconstruction"] for candidate in row["candidates"]]
+        orders = []
+        for first in range(len(guesses)):
+            ratings, made = judge_in_order(judge, show_context(pair), pair["action"], guesses, first)
+            calls += made
+            if ratings:
+                orders.append([sum(rating.values()) / len(ASPECTS) for rating in ratings])
+        moved += [abs(a[k] - b[k]) for k in range(len(guesses)) for i, a in enumerate(orders) for b in orders[:i]]
+        means = [sum(values) / len(values) for values in zip(*orders)]
+        apart += [abs(a - b) for i, a in enumerate(means) for b in means[:i]]
+    if not moved or not apart:
+        return None
+    return {"between_orders": sum(moved) / len(moved), "between_guesses": sum(apart) / len(apart), "pairs": len(pairs), "calls": calls}
+
+
+def summarise(rows: Sequence[Row], conversations: dict[str, str], movement: Row | None) -> Row:
+    """What scores.summary.json holds."""
+    every = [candidate for row in rows for candidate in row["candidates"]]
+    names = sorted({name for candidate in every for name in candidate["scores"]}, key=("likelihood", "unsaid", "embedding", "judge").index)
+    calls = Counter({"traces": len(every)})
+    for row in rows:
+        calls.update(row["calls"])
+    guard = {"candidates": len(every), "leaking": sum(c["leak"] > 0 for c in every), "stopped": sum(c["stopped"] for c in every),
+             "pairs_with_all_stopped": sum(all(c["stopped"] for c in row["candidates"]) for row in rows)}
+    missing = sum(any(c["scores"].get("judge", 0) is None for c in row["candidates"]) for row in rows)
+    return {"pairs": len(rows), "contexts_cut": sum(row["cut"] > 0 for row in rows), "calls": dict(calls), "guard": guard, "judge_missing_pairs": missing,
+            "judge_order": movement, "controls": {name: measure_controls(rows, conversations, name) for name in names}}
+
+
+def print_summary(summary: Row) -> None:
+    guard, calls = summary["guard"], summary["calls"]
+    print(f"leak guard: stopped {guard['stopped']} of {guard['candidates']} candidates ({guard['leaking']} share a 4-gram with the action, the others reword it); "
+          f"pairs with all stopped: {guard['pairs_with_all_stopped']} of {summary['pairs']}")
+    for name, row in summary["controls"].items():
+        own = " -> ".join(f"{part['auc']:.1%} [{part['ci95'][0]:.1%}, {part['ci95'][1]:.1%}]" if part else "none" for part in (row["own_over_other"], row["own_over_other_guarded"]))
+        follows = ", ".join(f"{what} {row[f'correlation_with_{what}']:+.2f}" for what in ("length", "leak", "rewording") if row[f"correlation_with_{what}"] is not None)
+        loses = "" if row["pairs_where_no_trace_wins"] is None else f"; no trace beats no trace in {row['pairs_where_no_trace_wins']:.0%} of pairs"
+        print(f"{name}: " + (f"own trace over another pair's {own} (behind the guard); " if row["own_over_other"] else "") + f"correlation with {follows}" + loses)
+    if judged := calls.get("judgements"):
+        print(f"judge: {calls['traces']} traces + {calls['reconstructions']} reconstructions + {judged} judgements = {calls['traces'] + calls['reconstructions'] + judged} model calls "
+              f"for {summary['pairs']} pairs; {summary['judge_missing_pairs']} pairs without a valid answer")
+    if moved := summary["judge_order"]:
+        print(f"judge: another order of the same guesses moves a rating by {moved['between_orders']:.2f}; two guesses differ by {moved['between_guesses']:.2f} ({moved['calls']} further calls)")
+
+
+# ------------------------------------------------------------------------------------------------
+# The stage
+
+
+def room_for_context(tokenizer: Any, window: int, action: str, traces: Sequence[str], max_tokens: int) -> int:
+    """Tokens left for a context in a model's window once prompt, longest trace, guesses and the whole action have their place."""
+    empty = {"context": "", "action": "", "trace": "", "guesses": ""}
+    template = max(sum(map(len, encode_prompt(tokenizer, name, **empty))) for name in ("reconstruction", "judge"))
+    acted = max(len(encode_data(tokenizer, action)), max_tokens)
+    longest = max(len(encode_data(tokenizer, trace)) for trace in traces)
+    return window - template - max(longest + acted, acted + len(traces) * (max_tokens + 8) + 16)
+
+
+def choose_controls(work: Sequence[Row], found: dict[str, Row]) -> dict[str, Row]:
+    """{id, trace, tokens} of another pair for each pair: the first candidate of the next pair of another conversation in a fixed circle."""
+    circle = sorted(work, key=lambda pair: seed_of("control", pair["id"]))
+    chosen = {}
+    for place, pair in enumerate(circle):
+        others = [other for other in (*circle[place + 1:], *circle[:place])]
+        other = next((other for other in others if other["conversation"] != pair["conversation"]), others[0] if others else pair)
+        first = found[other["id"]]["candidates"][0]
+        chosen[pair["id"]] = {"id": other["id"], "trace": first["trace"], "tokens": first["tokens"]}
+    return chosen
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = stage_arguments(__doc__)
     group = parser.add_argument_group("scoring")
-    group.add_argument("--scorers", default=",".join(SCORERS), help="which scores to compute, comma-separated (default: %(default)s)")
+    group.add_argument("--scorers", default="likelihood,embedding", help=f"which scores to compute, comma-separated, from {', '.join(SCORERS)} (default: %(default)s)")
     group.add_argument("--encoder", default="embedded", metavar="NAME", help="mean-pooled sentence encoder: 'embedded', a local folder or a hub name (default: %(default)s)")
-    group.add_argument("--max-action-tokens", type=positive_int, default=24, help="tokens in a reconstruction, at most (default: %(default)s)")
+    group.add_argument("--judge", metavar="NAME", help="model that judges: a local folder, a hub name or openai:NAME (default: the reconstructor)")
+    group.add_argument("--max-action-tokens", type=positive_int, default=32, help="tokens in a reconstruction, at most (default: %(default)s)")
     group.add_argument("--batch", type=positive_int, default=16, help="pairs reconstructed at once (default: %(default)s)")
+    group.add_argument("--keep-token-logprobs", action="store_true", help="write RUN/token_logprobs.jsonl as well")
     args = parser.parse_args(argv)
     scorers = args.scorers.split(",")
     if unknown := [name for name in scorers if name not in SCORERS]:
         stop(f"--scorers: unknown scorer {unknown[0]!r}; choose from {', '.join(SCORERS)}")
+    if args.keep_token_logprobs and "likelihood" not in scorers:
+        stop("--keep-token-logprobs needs the scorer likelihood")
 
     started = begin_run(args.run)
     sources, output = (args.run / "pairs.jsonl", args.run / "candidates.jsonl"), args.run / "scores.jsonl"
+    side = args.run / "token_logprobs.jsonl"
     pairs = {pair["id"]: pair for pair in read_pairs(sources[0])}
     found = {row["id"]: row for row in read_candidates(sources[1], "02_sample_candidates.py", ("trace", "tokens"))}
     check_made_from(sources[1], sources[0], "02_sample_candidates.py")
     if foreign := next((name for name in found if name not in pairs), None):
         stop(f"{sources[1]}: id {foreign!r} is not in {sources[0]}; run 02_sample_candidates.py --overwrite")
     work = [pair for name, pair in pairs.items() if name in found][:args.limit]
-    record = made_with(args, sources, ["reconstruction", "reconstruction_no_trace"])
+    prompts = [*SCORING_PROMPTS, *(["judge"] if "judge" in scorers else [])]
+    record = made_with(args, sources, prompts)
     keys, expected = ("id", "candidates", "baseline"), [pair["id"] for pair in work]
     done = finished_rows(output, record, args.overwrite, keys, expected)
-    if work and len(done) == len(work):
+    summary = args.run / "scores.summary.json"
+    if work and len(done) == len(work) and summary.exists():
         print(f"03_reconstruct_score: {output} is already made ({len(done)} rows)")
         return
     model, tokenizer = load_model(args.model, args.four_bit)
-    encoder = load_encoder(args.encoder) if "embedding" in scorers else None
+    encoder = load_encoder(args.encoder)
+    judge = load_judge(None if args.judge == args.model else args.judge, model, tokenizer, args.four_bit) if "judge" in scorers else None
+    summary.unlink(missing_ok=True)
     begin_output(output, record, args.overwrite)
+    if args.keep_token_logprobs:
+        kept = finished_rows(side, record, args.overwrite or not done, ("id", "baseline", "candidates"), expected)
+        begin_output(side, record, args.overwrite or not done)
+
+    controls, window = choose_controls(work, found), model.config.max_position_embeddings
+    fitting = []
+    for pair in work:
+        traces = [candidate["trace"] for candidate in (*found[pair["id"]]["candidates"], controls[pair["id"]])]
+        if (shorter := cut_context(tokenizer, pair, room_for_context(tokenizer, window, pair["action"], traces, args.max_action_tokens))):
+            fitting.append(shorter)
+        else:
+            print(f"left out: pair {pair['id']}, whose action, traces and last turn do not fit the model's window of {window} tokens together")
     tokens = 0
-    for batch in progress(batches_by_length(work, lambda pair: len(tokenizer.encode(show_context(pair))), args.batch), "reconstructing and scoring"):
+    for batch in progress(batches_by_length(fitting, lambda pair: len(tokenizer.encode(show_context(pair))), args.batch), "reconstructing and scoring"):
         if all(pair["id"] in done for pair in batch):
             continue
-        rows = score_pairs(model, tokenizer, encoder, batch, [found[pair["id"]] for pair in batch], scorers, args.max_action_tokens)
+        rows, logprobs = score_pairs(model, tokenizer, encoder, judge, batch, [found[pair["id"]] for pair in batch], [controls[pair["id"]] for pair in batch],
+                                     scorers, args.max_action_tokens)
+        if args.keep_token_logprobs:                          # first, so that every row of scores.jsonl has its log-probs
+            append_rows(side, [row for row in logprobs if row["id"] not in kept])
         append_rows(output, [row for row in rows if row["id"] not in done])
-        texts = [text for row in rows for some in (*row["candidates"], row["baseline"]) for text in (some.get("trace", ""), some.get("reconstruction", ""))]
+        texts = [text for row in rows for some in (*row["candidates"], row["baseline"], row["control"]) for text in (some.get("trace", ""), some.get("reconstruction", ""))]
         tokens += sum(map(len, tokenizer([*texts, *(show_context(pair) for pair in batch)]).input_ids))
 
-    rows = list(finished_rows(output, record, False, keys, expected).values())
-    every = [candidate for row in rows for candidate in row["candidates"]]
-    leaking = sum(candidate["leak"] > 0 for candidate in every)
-    print(f"candidates that leak a part of the action: {leaking} of {len(every)}")
-    for name in ("likelihood", "unsaid", "embedding"):
-        if scored := [row for row in rows if name in row["baseline"]]:
-            best = sum(max(c["scores"][name] for c in row["candidates"]) > row["baseline"][name] for row in scored)
-            print(f"pairs whose best trace beats no trace by {name}: {best} of {len(scored)}")
-    closing_line("03_reconstruct_score", len(work), len(rows), len(done), started, tokens)
+    scored = finished_rows(output, record, False, keys, expected)
+    some = [pair for pair in fitting[:8] if "judge" in scorers]
+    movement = judge_movement(judge, some, [scored[pair["id"]] for pair in some]) if some else None
+    measured = summarise(list(scored.values()), {name: pair["conversation"] for name, pair in pairs.items()}, movement)
+    write_text(summary, json.dumps(measured, indent=1) + "\n")
+    print_summary(measured)
+    closing_line("03_reconstruct_score", len(work), len(scored), len(done), started, tokens)
 
 
 if __name__ == "__main__":

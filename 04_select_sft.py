@@ -4,7 +4,7 @@ Recon-Select is the arm `recon`: the trace with the best reconstruction score. T
 context -> <think> trace </think> action, so that at test time it thinks for itself before it acts.
 
     in     RUN/pairs.jsonl, RUN/scores.jsonl
-    out    RUN/traces/ARM.jsonl     id, trace, k (which candidate), score, leak
+    out    RUN/traces/ARM.jsonl     id, trace, k (which candidate), score, leak, stopped
            RUN/models/ARM/          a LoRA adapter on the base model
 
 The arms: none (no trace at all), backward (candidate 0, unselected: Backward Synthesis), recon (best score); and, by
@@ -16,8 +16,8 @@ How to run it:
     python 04_select_sft.py --arms shuffled --score likelihood
 
 Departures from the paper: training settings are not public; these are common ones for LoRA. One model serves all
-people of the run, told apart by their id in the prompt. A candidate that leaks a 4-gram of the action is chosen only
-if all of a pair's candidates do.
+people of the run, told apart by their id in the prompt. A candidate that the leak guard stopped is chosen only if all
+of a pair's candidates were; then it is the one that gives least away.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from common import (Group, Row, add_adapter, begin_run, check_made_from, check_record, clip_gradients, closing_line, discard, dump_row, load_model, made_with,
+from common import (Group, Row, add_adapter, begin_run, check_made_from, check_record, clip_gradients, closing_line, discard, dump_row, given_away, load_model, made_with,
                     packed_logprobs, positive_float, positive_int, progress, read_candidates, read_pairs, save_adapter, seed_of,
                     stage_arguments, stop, user_completion, user_prompt, write_output)
 
@@ -39,21 +39,19 @@ def choose_trace(arm: str, row: Row, score: str) -> Row:
     """The trace row {id, trace, k, score, leak} of an arm for one scored pair; ties go to the earlier candidate."""
     candidates = row["candidates"]
     if arm == "none":
-        return {"id": row["id"], "trace": None, "k": None, "score": row["baseline"].get(score), "leak": 0.0}
+        return {"id": row["id"], "trace": None, "k": None, "score": row["baseline"].get(score), "leak": 0.0, "stopped": False}
     if arm == "backward":
         k = 0
     else:
         scored = [k for k, candidate in enumerate(candidates) if candidate["scores"].get(score) is not None]
         if not scored:
             stop(f"pair {row['id']} has no candidate with the score {score!r}; run 03_reconstruct_score.py with that scorer")
-        honest = [k for k in scored if candidates[k]["leak"] == 0]
-        if not honest:
-            least = min(candidates[k]["leak"] for k in scored)
-            honest = [k for k in scored if candidates[k]["leak"] == least]
+        least = min(given_away(candidates[k]) for k in scored)                          # 0 if any passed the guard
+        honest = [k for k in scored if given_away(candidates[k]) == least]
         worth = {"longest": lambda k: candidates[k]["tokens"], "worst": lambda k: -candidates[k]["scores"][score]}
         k = max(honest, key=worth.get(arm, lambda k: candidates[k]["scores"][score]))
     chosen = candidates[k]
-    return {"id": row["id"], "trace": chosen["trace"], "k": k, "score": chosen["scores"].get(score), "leak": chosen["leak"]}
+    return {"id": row["id"], "trace": chosen["trace"], "k": k, "score": chosen["scores"].get(score), "leak": chosen["leak"], "stopped": chosen["stopped"]}
 
 
 def choose_traces(arm: str, rows: Sequence[Row], score: str, seed: int) -> list[Row]:
@@ -119,11 +117,11 @@ def fit_user_model(base: Any, examples: Sequence[Group], args: argparse.Namespac
 
 
 def describe(arm: str, chosen: Sequence[Row], score: str, losses: Sequence[float]) -> str:
-    """A line on an arm: the mean score of its traces, how many leak, and the loss at both ends of the fit."""
+    """A line on an arm: the mean score of its traces, how many give the action away, and the loss at both ends of the fit."""
     values = [row["score"] for row in chosen if row["score"] is not None]
     traces = f"{score} of its traces {sum(values) / len(values):+.3f}, " if values and arm != "none" else ""
     tenth = max(1, len(losses) // 10)
-    return (f"{arm}: {traces}leaking {sum(row['leak'] > 0 for row in chosen)} of {len(chosen)}, "
+    return (f"{arm}: {traces}stopped by the leak guard {sum(row['stopped'] for row in chosen)} of {len(chosen)}, "
             f"loss {sum(losses[:tenth]) / tenth:.2f} -> {sum(losses[-tenth:]) / tenth:.2f} nats a token")
 
 
@@ -131,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = stage_arguments(__doc__)
     group = parser.add_argument_group("selection")
     group.add_argument("--arms", default="none,backward,recon", help=f"comma-separated, from {', '.join(ARMS)} (default: %(default)s)")
-    group.add_argument("--score", default="unsaid", choices=("likelihood", "unsaid", "embedding"), help="what recon selects by (default: %(default)s)")
+    group.add_argument("--score", default="unsaid", choices=("likelihood", "unsaid", "embedding", "judge"), help="what recon selects by (default: %(default)s)")
     add_fit_arguments(parser)
     args = parser.parse_args(argv)
     arms = args.arms.split(",")
@@ -141,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     started = begin_run(args.run)
     sources = args.run / "pairs.jsonl", args.run / "scores.jsonl"
     pairs = {pair["id"]: pair for pair in read_pairs(sources[0])}
-    scored = read_candidates(sources[1], "03_reconstruct_score.py", ("trace", "tokens", "leak", "scores"), ("baseline",))
+    scored = read_candidates(sources[1], "03_reconstruct_score.py", ("trace", "tokens", "leak", "reworded", "stopped", "scores"), ("baseline",))
     check_made_from(sources[1], sources[0], "02_sample_candidates.py and 03_reconstruct_score.py")
     rows = [row for row in scored if row["id"] in pairs and pairs[row["id"]]["split"] == "train"][:args.limit]
     if not rows:

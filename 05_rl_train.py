@@ -24,8 +24,8 @@ standard deviation (--std-norm brings it back; arXiv 2503.20783); the loss is no
 the step. Policy and reward share one base: with the adapter off it is the reconstructor.
 
 Departures from the paper: its settings are not public. A trace may quote the action and would then be rewarded most,
-so the reward credits only what the trace did not say (`unsaid`), and one that leaks a 4-gram always ranks below the
-honest ones of its group.
+so the reward credits only what the trace did not say (`unsaid`), and one that the leak guard stops, for a quote or a
+rewording, always ranks below the honest ones of its group.
 """
 
 import argparse
@@ -40,16 +40,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import (END_THINK, MIN_P, Group, Row, add_adapter, append_rows, batches_by_length, begin_output, begin_run, check_adapter,
+from common import (END_THINK, MIN_P, SCORING_PROMPTS, Group, Row, add_adapter, append_rows, batches_by_length, begin_output, begin_run, check_adapter,
                     check_made_from, check_record, clean_action, clip_gradients, closing_line, decode, discard, dump_row, embed,
-                    finished_rows, generate, leak_share, likelihood_scores, load_encoder, load_model, made_with, packed_logprobs, positive_float, positive_int, progress,
+                    finished_rows, generate, given_away, guard_traces, likelihood_scores, load_encoder, load_model, made_with, packed_logprobs, positive_float, positive_int, progress,
                     read_pairs, read_rows, replace_folder, save_adapter, seed_of, show_context, stage_arguments, stop,
                     synthesis_prompt, user_prompt, write_text)
 
 sample_candidates = importlib.import_module("02_sample_candidates")
 select_sft = importlib.import_module("04_select_sft")
 
-Scored = tuple[list[list[float]], list[list[float]], list[list[float]]]  # rewards, scores, leaks: [pair][completion]
+Scored = tuple[list[list[float]], list[list[float]], list[list[float]]]  # rewards, scores, how much is given away: [pair][completion]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def reward_recon(model: Any, tokenizer: Any, encoder: Any, pairs: Sequence[Row],
     with model.disable_adapter():
         for pair, traces in zip(pairs, texts):
             scores.append([row[args.score] for row in likelihood_scores(model, tokenizer, pair, traces)[0]])
-            leaks.append([leak_share(trace, pair["action"], show_context(pair)) for trace in traces])
+            leaks.append([given_away(found) for found in guard_traces(encoder, traces, pair["action"], show_context(pair))])
     return [gate_leaks(*group, args.leak_penalty) for group in zip(scores, leaks)], scores, leaks
 
 
@@ -194,7 +194,7 @@ def train(base: Any, tokenizer: Any, pairs: Sequence[Row], held_out: Sequence[Ro
 
     `record` is that of the finished adapter, `so_far` that of its checkpoints, which may be continued to more steps.
     """
-    encoder = load_encoder(args.encoder) if args.objective == "e2e" else None
+    encoder = load_encoder(args.encoder)
     reward_of = reward_recon if args.objective == "recon" else reward_e2e
     prompt_of = (lambda pair: synthesis_prompt(tokenizer, pair)) if args.objective == "recon" else (lambda pair: user_prompt(tokenizer, pair, thinking=True))
     checkpoint, log = args.run / "rl" / args.objective, args.run / "rl.jsonl"
@@ -247,22 +247,24 @@ def train(base: Any, tokenizer: Any, pairs: Sequence[Row], held_out: Sequence[Ro
 
 
 def write_traces(base: Any, tokenizer: Any, pairs: Sequence[Row], args: argparse.Namespace, synthesizer: Path, path: Path, record: Row) -> list[Row]:
-    """The trained synthesizer's traces for `pairs`: the first of --retries that leaks nothing, else the least leaking."""
-    rows = finished_rows(path, record, args.overwrite, ("id", "trace", "score", "leak"), [pair["id"] for pair in pairs])
+    """The trained synthesizer's traces for `pairs`: the first of --retries that passes the leak guard, else the one that gives least away."""
+    rows = finished_rows(path, record, args.overwrite, ("id", "trace", "score", "leak", "stopped"), [pair["id"] for pair in pairs])
     begin_output(path, record, args.overwrite)
+    encoder = load_encoder(args.encoder)
     model = add_adapter(base, args.rank, args.seed, synthesizer)
     for batch in progress(batches_by_length(pairs, lambda pair: len(synthesis_prompt(tokenizer, pair)), args.trace_batch), "traces by the trained synthesizer"):
         if all(pair["id"] in rows for pair in batch):
             continue
         best: dict[str, Row] = {}
-        left = batch
+        left, given = batch, {}
         for k in range(args.retries):
-            found = sample_candidates.sample_traces(model, tokenizer, left, 1, args.max_new_tokens, args.temperature, MIN_P, (args.seed, "05", k))
-            for pair, (candidate,) in zip(left, found):
-                leak = leak_share(candidate["trace"], pair["action"], show_context(pair))
-                if pair["id"] not in best or leak < best[pair["id"]]["leak"]:
-                    best[pair["id"]] = {"id": pair["id"], "trace": candidate["trace"], "k": k, "score": None, "leak": leak}
-            left = [pair for pair in left if best[pair["id"]]["leak"] > 0]
+            drawn = sample_candidates.sample_traces(model, tokenizer, left, 1, args.max_new_tokens, args.temperature, MIN_P, (args.seed, "05", k))
+            for pair, (candidate,) in zip(left, drawn):
+                (found,) = guard_traces(encoder, [candidate["trace"]], pair["action"], show_context(pair))
+                if pair["id"] not in best or given_away(found) < given[pair["id"]]:
+                    given[pair["id"]] = given_away(found)
+                    best[pair["id"]] = {"id": pair["id"], "trace": candidate["trace"], "k": k, "score": None, "leak": found["leak"], "stopped": found["stopped"]}
+            left = [pair for pair in left if best[pair["id"]]["stopped"]]
             if not left:
                 break
         with model.disable_adapter():
@@ -283,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
     group = parser.add_argument_group("reward")
     group.add_argument("--score", default="unsaid", choices=("likelihood", "unsaid"), help="score that recon rewards (default: %(default)s)")
     group.add_argument("--leak-penalty", type=positive_float, default=2.0, help="reward that a fully leaking trace loses (default: %(default)s)")
-    group.add_argument("--encoder", default="embedded", metavar="NAME", help="sentence encoder that rewards e2e (default: %(default)s)")
+    group.add_argument("--encoder", default="embedded", metavar="NAME", help="sentence encoder that rewards e2e and guards recon (default: %(default)s)")
     group = parser.add_argument_group("GRPO")
     group.add_argument("--steps", type=positive_int, default=3, help="optimizer steps; a real run takes 100 and more (default: %(default)s)")
     group.add_argument("--prompts", type=positive_int, default=4, help="prompts a step (default: %(default)s)")
@@ -296,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--val-every", type=positive_int, default=10, help="steps between looks at held-out pairs (default: %(default)s)")
     group.add_argument("--save-every", type=positive_int, default=2, help="steps between checkpoints (default: %(default)s)")
     group = parser.add_argument_group("traces by the trained synthesizer")
-    group.add_argument("--retries", type=positive_int, default=4, help="samples a pair until one leaks nothing (default: %(default)s)")
+    group.add_argument("--retries", type=positive_int, default=4, help="samples a pair until one passes the leak guard (default: %(default)s)")
     group.add_argument("--trace-batch", type=positive_int, default=32, help="pairs sampled at once (default: %(default)s)")
     select_sft.add_fit_arguments(parser)
     args = parser.parse_args(argv)
@@ -322,7 +324,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Three outputs, three records: other settings of the fit must not cost a night of GRPO.
     fit, tracing, saving = ("epochs", "batch", "fit_lr"), ("retries", "trace_batch"), ("save_every", "init_adapter")
-    prompts = ["synthesis", "reconstruction", "reconstruction_no_trace"] if args.objective == "recon" else ["user_model"]
+    prompts = ["synthesis", *SCORING_PROMPTS] if args.objective == "recon" else ["user_model"]
     record = made_with(args, inputs, prompts, ignore=(*fit, *tracing, *saving))
     so_far = made_with(args, inputs, prompts, ignore=(*fit, *tracing, *saving, "steps"))
     target = args.run / "models" / ("synthesizer" if args.objective == "recon" else "e2e-grpo")
@@ -343,7 +345,7 @@ def main(argv: list[str] | None = None) -> None:
         by_id = {pair["id"]: pair for pair in pairs}
         adapter = target / "adapter_model.safetensors"
         of_traces = made_with(args, [source, adapter], prompts, ignore=(*fit, *saving))
-        chosen = list(finished_rows(traces, of_traces, args.overwrite, ("id", "trace", "score", "leak"), by_id).values())
+        chosen = list(finished_rows(traces, of_traces, args.overwrite, ("id", "trace", "score", "leak", "stopped"), by_id).values())
         of_arm = made_with(args, [source, adapter], [*prompts, "user_model"], ignore=saving)
         if len(chosen) == len(pairs) and check_record(arm, of_arm, args.overwrite):
             print(f"05_rl_train: {target}, {traces} and {arm} are already made")

@@ -20,14 +20,13 @@ in a summary of the paper); an encoder sees topic and wording, less of style and
 """
 
 import json
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common import (END_THINK, MIN_P, Row, append_rows, batches_by_length, begin_output, begin_run, check_adapter, check_made_from,
+from common import (END_THINK, MIN_P, Row, append_rows, batches_by_length, begin_output, begin_run, bootstrap_interval, check_adapter, check_made_from,
                     clean_action, close_trace, closing_line, decode, dump_row, embed, encode_data, finished_rows, fraction,
                     generate, load_adapter, load_encoder, load_model, made_with, packed_logprobs, positive_float, positive_int, progress,
                     read_candidates, read_pairs, read_rows, record_of, seed_of, show_context, stage_arguments, stop, user_prompt,
@@ -73,21 +72,6 @@ def judge(similarity_a: float, similarity_b: float, margin: float) -> str:
     if abs(similarity_a - similarity_b) < margin:
         return "tie"
     return "a" if similarity_a > similarity_b else "b"
-
-
-def bootstrap_interval(points: Sequence[float], clusters: Sequence[str], seed: int, draws: int = 2000) -> list[float]:
-    """95 % interval of the mean of `points`, whole clusters (conversations) drawn with replacement."""
-    by_cluster: dict[str, list[float]] = {}
-    for point, cluster in zip(points, clusters):
-        by_cluster.setdefault(cluster, []).append(point)
-    sums = [(sum(some), len(some)) for some in by_cluster.values()]
-    generator = random.Random(seed)
-    means = []
-    for _ in range(draws):
-        drawn = generator.choices(sums, k=len(sums))
-        means.append(sum(total for total, _ in drawn) / sum(count for _, count in drawn))
-    means.sort()
-    return [means[int(0.025 * draws)], means[int(0.975 * draws) - 1]]
 
 
 def compare(judgements: Sequence[Row], pairs: Sequence[Row], seed: int) -> Row:
@@ -256,10 +240,10 @@ function show() {
   if (example.candidates.length) {
     box.append(make("h3", "Candidate traces (written with the action in view) and their scores"));
     box.append(make("p", "likelihood: how much likelier the trace makes the action, nats a token; unsaid: the same without the words that the trace "
-      + "gives away; embedding: cosine of reconstruction and action; leak: share of the action's 4-grams in the trace.", "note"));
+      + "gives away; embedding: cosine of reconstruction and action; leak: share of the action's 4-grams in the trace, red if the leak guard stopped it.", "note"));
     const scores = Object.keys(example.candidates[0].scores ?? {});
     const lines = example.candidates.map(c => [c.trace, c.reconstruction ?? "", ...scores.map(s => fixed(c.scores[s])),
-      {text: percent(c.leak), name: c.leak > 0 ? "leak" : ""}]);
+      {text: percent(c.leak), name: c.stopped ? "leak" : ""}]);
     lines.push(["(no trace)", example.baseline.reconstruction ?? "", ...scores.map(s => fixed(example.baseline[s])), ""]);
     box.append(table(["trace", "reconstruction", ...scores, "leak"], lines, [0, 1]));
   }
@@ -358,7 +342,7 @@ def main(argv: list[str] | None = None) -> None:
 
     scored = {}
     if "scores.jsonl" in shown:
-        scored = {row["id"]: row for row in read_candidates(shown["scores.jsonl"], "03_reconstruct_score.py", ("scores", "leak"), ("baseline",))}
+        scored = {row["id"]: row for row in read_candidates(shown["scores.jsonl"], "03_reconstruct_score.py", ("scores", "leak", "stopped"), ("baseline",))}
     examples = []
     for place, pair in enumerate(pairs):
         arms = {arm: {"trace": rows[pair["id"]]["trace"], "action": rows[pair["id"]]["action"], "similarity": similarity[arm][place]}

@@ -13,15 +13,19 @@ To fork for a new domain, start with the prompts section.
 
 import argparse
 import hashlib
+import http.client
 import importlib.metadata
 import importlib.util
 import json
 import logging
 import os
+import random
 import re
 import shutil
 import sys
 import time
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -465,17 +469,20 @@ def load_encoder(name: str = "embedded") -> tuple[Any, Any]:
 
 @torch.inference_mode()
 def embed(encoder: tuple[Any, Any], texts: Sequence[str], batch: int = 64) -> torch.Tensor:
-    """Unit-length embeddings [len(texts), dim] (float32, on the CPU): the mean over the tokens of each text."""
+    """Unit-length embeddings [len(texts), dim] (float32, on the CPU): the mean over the tokens of each text.
+
+    A text longer than the encoder's window is read in several windows, so that no end is cut off unseen.
+    """
     model, tokenizer = encoder
     limit = min(tokenizer.model_max_length, 256)
-    parts = []
-    for start in range(0, len(texts), batch):
-        inputs = tokenizer(list(texts[start:start + batch]), padding=True, truncation=True, max_length=limit, return_tensors="pt").to(model.device)
+    sums = torch.zeros(len(texts), model.config.hidden_size)
+    windows = tokenizer(list(texts), truncation=True, max_length=limit, return_overflowing_tokens=True) if len(texts) else {"input_ids": []}
+    for start in range(0, len(windows["input_ids"]), batch):
+        inputs = tokenizer.pad({"input_ids": windows["input_ids"][start:start + batch]}, return_tensors="pt").to(model.device)
         hidden = model(**inputs).last_hidden_state.float()          # [b, t, dim]
         mask = inputs["attention_mask"].unsqueeze(-1)               # [b, t, 1]
-        mean = (hidden * mask).sum(1) / mask.sum(1)                 # [b, dim]
-        parts.append(torch.nn.functional.normalize(mean, dim=-1).cpu())
-    return torch.cat(parts) if parts else torch.empty(0, model.config.hidden_size)
+        sums.index_add_(0, torch.tensor(windows["overflow_to_sample_mapping"][start:start + batch]), (hidden * mask).sum(1).cpu())
+    return torch.nn.functional.normalize(sums, dim=-1)              # a mean and a sum have the same direction
 
 
 # ------------------------------------------------------------------------------------------------
@@ -489,20 +496,31 @@ THINK, END_THINK = "<think>\n", "\n</think>\n"
 
 SYNTHESIS_TASK = (
     "Conversation:\n{context}\n\nThen Sam wrote:\n{action}\n\n"
-    "In two short sentences, say what Sam feels, wants and values just before writing this. Do not quote it.")
+    "In two short sentences, say what Sam has in mind, feels and wants just before writing this. Do not quote it.")
 
-CAR = "Alex: my car broke down again this morning\nSam: oh no, the same thing as last month?\nAlex: yes, and the new gearbox costs 900 dollars"
-FILM = "Alex: you have to see the new space film\nSam: is it good?\nAlex: best thing I have seen in my whole life!!"
+
+def worked_example(context: str, action: str, trace: str) -> list[tuple[str, str]]:
+    """An earlier user and assistant turn that shows M_r how a trace is written."""
+    return [("user", SYNTHESIS_TASK.replace("{context}", context).replace("{action}", action)), ("assistant", trace)]
+
 
 PROMPTS = {
-    # M_r, the synthesizer, sees context and action and writes a trace. Two worked examples stand as earlier
-    # turns: without them a 135M model writes nonsense.
+    # M_r, the synthesizer, sees context and action and writes a trace. Worked examples stand as earlier turns: without
+    # them a 135M model writes nonsense. Their traces name what is on Sam's mind in words that the action does not use.
     "synthesis": [
-        ("system", "You explain what a person feels, wants and values just before the person writes a message."),
-        ("user", SYNTHESIS_TASK.replace("{context}", CAR).replace("{action}", "ugh that is so much. could anyone drive you to work this week?")),
-        ("assistant", "Sam feels sorry about the big bill. Sam values practical help and wants to know how Alex will get around."),
-        ("user", SYNTHESIS_TASK.replace("{context}", FILM).replace("{action}", "haha you say that about every film")),
-        ("assistant", "Sam is amused, because Alex gets excited so easily. Sam likes teasing friends more than agreeing with them."),
+        ("system", "You explain what a person has in mind, feels and wants just before the person writes a message."),
+        *worked_example("Alex: my car broke down again this morning\nSam: oh no, the same thing as last month?\nAlex: yes, and the new gearbox costs 900 dollars",
+                        "ugh that is so much. could anyone drive you to work this week?",
+                        "Sam is shocked by the price of the repair and worries how Alex gets to the office. Sam wants to find a lift for Alex."),
+        *worked_example("Alex: you have to see the new space film\nSam: is it good?\nAlex: best thing I have seen in my whole life!!",
+                        "haha you say that about every film",
+                        "Sam is amused, because Alex praises all movies alike. Sam wants to tease Alex a little."),
+        *worked_example("Alex: hey! what are you up to?\nSam: nothing much, you?\nAlex: me neither, it's so quiet here",
+                        "I just made soup because my brother has a cold, do you have any siblings?",
+                        "Sam is looking after a sick brother and cooking for him. Sam is curious about Alex's family."),
+        *worked_example("Alex: do you like living by the sea?",
+                        "not really, the wind is awful and everything closes at six in winter",
+                        "Sam dislikes the cold stormy weather and finds the town dull after dark. Sam would rather live somewhere else."),
         ("user", SYNTHESIS_TASK),
     ],
     # M_a, the reconstructor, predicts the action from context and trace. It never sees the action.
@@ -513,6 +531,17 @@ PROMPTS = {
     "reconstruction_no_trace": [
         ("system", "You write the next message of a conversation in the voice of the person asked for."),
         ("user", "Conversation:\n{context}\n\nWrite only the next message that Sam sends."),
+    ],
+    # The same question as plain text, for the likelihood alone: two wordings err in different ways (README, "Measured").
+    "transcript": [("text", "A chat between friends.\n\n{context}\n[{trace}]\nSam:")],
+    "transcript_no_trace": [("text", "A chat between friends.\n\n{context}\nSam:")],
+    # The judge sees the true action and all N reconstructions at once. It never sees a trace, so a trace cannot flatter it.
+    "judge": [
+        ("system", "You judge how close guesses of a message come to the message that was really sent."),
+        ("user", "Conversation:\n{context}\n\nSam really sent:\n{action}\n\n{guesses}\n\n"
+                 "Rate every guess from 0 (nothing in common with what Sam really sent) to 9 (the same) in three aspects: style (how it is worded), "
+                 "intent (what it is meant to do) and values (what matters to its writer). "
+                 'Answer with one JSON object and nothing else, like {"1": {"style": 0, "intent": 0, "values": 0}, "2": …}, with an entry for every guess.'),
     ],
     # The user model: context -> <think> trace </think> action. `user` tells apart the people who share one model.
     "user_model": [
@@ -537,9 +566,25 @@ def break_think_tags(text: str) -> str:
     return re.sub(r"<(?=/?think>)", "< ", text)
 
 
+def cut_context(tokenizer: Any, pair: Row, tokens: int) -> Row | None:
+    """The pair without its oldest turns, so that the context has at most `tokens` tokens; `cut` counts the turns left out.
+
+    Whole turns go, never a part of one. None if not even the last turn fits.
+    """
+    turns = pair["context"]
+    for first in range(len(turns)):
+        shorter = pair | {"context": turns[first:], "cut": pair.get("cut", 0) + first}
+        if len(encode_data(tokenizer, show_context(shorter))) <= tokens:
+            return shorter
+    return None
+
+
 def encode_data(tokenizer: Any, text: str) -> list[int]:
     """Token ids of text that comes from data or from a model: special tokens in it are split into plain characters."""
     return tokenizer.encode(break_think_tags(text), add_special_tokens=False, split_special_tokens=True)
+
+
+FIELD = re.compile(r"\{(context|action|trace|guesses|user)\}")
 
 
 def encode_prompt(tokenizer: Any, prompt: str, thinking: bool = False, **fields: str) -> list[list[int]]:
@@ -550,9 +595,13 @@ def encode_prompt(tokenizer: Any, prompt: str, thinking: bool = False, **fields:
     the template's own control tokens. `thinking` is False for models that would open a <think> block themselves.
     """
     messages = [{"role": role, "content": content} for role, content in PROMPTS[prompt]]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
-    parts = re.split(r"\{(context|action|trace|user)\}", text)
-    return [encode_data(tokenizer, fields[part]) if place % 2 else tokenizer.encode(part, add_special_tokens=False)
+    if plain := messages[0]["role"] == "text":
+        text = messages[0]["content"]
+    else:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
+    parts = FIELD.split(text)
+    # A chat template brings its own start token; plain text gets the one its tokenizer would give it, if any.
+    return [encode_data(tokenizer, fields[part]) if place % 2 else tokenizer.encode(part, add_special_tokens=plain and place == 0)
             for place, part in enumerate(parts)]
 
 
@@ -561,20 +610,25 @@ def synthesis_prompt(tokenizer: Any, pair: Row) -> list[int]:
     return sum(encode_prompt(tokenizer, "synthesis", context=show_context(pair), action=pair["action"]), [])
 
 
-def reconstruction_prompt(tokenizer: Any, context: str, traces: Sequence[str | None]) -> Group:
+def reconstruction_prompt(tokenizer: Any, context: str, traces: Sequence[str | None], prompt: str = "reconstruction") -> Group:
     """(prefix ids up to the end of the context, the rest of the prompt for each trace); None is the no-trace prompt.
 
-    It takes the context and not the pair, so that the action cannot slip in.
+    It takes the context and not the pair, so that the action cannot slip in. `prompt` is reconstruction or transcript.
     """
     prefixes, suffixes = [], []
     for trace in traces:
-        prompt, fields = ("reconstruction_no_trace", {}) if trace is None else ("reconstruction", {"trace": trace})
-        before, ids, *rest = encode_prompt(tokenizer, prompt, context=context, **fields)
+        name, fields = (f"{prompt}_no_trace", {}) if trace is None else (prompt, {"trace": trace})
+        before, ids, *rest = encode_prompt(tokenizer, name, context=context, **fields)
         prefixes.append(before + ids)
         suffixes.append(sum(rest, []))
     if any(prefix != prefixes[0] for prefix in prefixes):
-        stop("the prompts reconstruction and reconstruction_no_trace must be the same up to {context}; see PROMPTS in common.py")
+        stop(f"the prompts {prompt} and {prompt}_no_trace must be the same up to {{context}}; see PROMPTS in common.py")
     return prefixes[0], suffixes
+
+
+def list_guesses(guesses: Sequence[str]) -> str:
+    """'Guess 1: …' lines; a guess is a single line, so it cannot pretend to be the next one."""
+    return "\n".join(f"Guess {number}: {' '.join(guess.split())}" for number, guess in enumerate(guesses, start=1))
 
 
 def user_prompt(tokenizer: Any, pair: Row, thinking: bool) -> list[int]:
@@ -725,50 +779,54 @@ def clean_action(text: str) -> str:
 # Scoring
 
 
+def packed_logits(model: Any, prefix: list[int], suffixes: Sequence[list[int]], starts: Sequence[int] | None = None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """All suffixes of one prefix in one row of tokens: (float32 logits [places, vocabulary], rows[s] into them).
+
+    The prefix is read once, then [suffix₁ suffix₂ …] behind its cache. Position ids restart after the prefix for each
+    suffix, and a 4-D mask lets a token see the prefix and its own suffix, nothing else. rows[s] has one entry a token of
+    the suffix: where that token is predicted. starts[s] leaves out the first tokens of a suffix (they are still read):
+    the output layer then works for the rest alone. Differentiable, through the cache as well.
+
+    One row with one mask for prefix and suffixes would be shorter to write, but its attention reads all of the square
+    of the row, most of it masked: over 512 + 8 x 60 tokens that is a quarter of the work.
+    """
+    device, starts = model.device, starts or [0] * len(suffixes)
+    cache = Cache(layer_class_to_replicate=DynamicLayer)
+    first = model(torch.tensor([prefix], device=device), past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0]   # [1, vocabulary]
+    bodies = [suffix[:-1] for suffix in suffixes]    # nothing is predicted from a suffix's last token
+    ends = torch.tensor([0, *map(len, bodies)]).cumsum(0).tolist()
+    # Place 0 is the prefix's last token, which predicts every suffix's first one; place 1 + i is token i of the row.
+    places = [([0] + list(range(1 + end, 1 + end + len(body))))[start:] for body, end, start in zip(bodies, ends, starts)]
+    wanted = sorted({place for some in places for place in some} - {0})
+    logits = first
+    if wanted:
+        owner = torch.tensor([s for s, body in enumerate(bodies) for _ in body], device=device)
+        order = torch.arange(len(owner), device=device)
+        visible = (order[:, None] >= order) & (owner[:, None] == owner)                 # [row, row]
+        mask = torch.zeros(1, 1, len(owner), len(prefix) + len(owner), dtype=model.dtype, device=device)
+        mask[..., len(prefix):].masked_fill_(~visible, torch.finfo(model.dtype).min)
+        positions = [len(prefix) + at for body in bodies for at in range(len(body))]
+        rest = model(torch.tensor([[token for body in bodies for token in body]], device=device), position_ids=torch.tensor([positions], device=device),
+                     attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=torch.tensor(wanted, device=device) - 1).logits[0]
+        logits = torch.cat([first, rest])
+    index = {place: row for row, place in enumerate([0, *wanted])}
+    return logits.float(), [torch.tensor([index[place] for place in some], device=device, dtype=torch.long) for some in places]
+
+
 def packed_logprobs(model: Any, groups: Sequence[Group], starts: Sequence[Sequence[int]] | None = None,
                     temperature: float = 1.0) -> list[list[torch.Tensor]]:
     """log p(token | prefix, earlier tokens of its suffix) for each suffix of each group, in float32.
 
-    All groups share one row of tokens, [prefix₁ suffix₁₁ suffix₁₂ … prefix₂ suffix₂₁ …]. Position ids restart after
-    the prefix for each suffix, and a 4-D mask lets a token see its own prefix and its own suffix, nothing else.
-    starts[g][s] leaves out the log-probs of the first tokens of a suffix (they are still read). Differentiable.
-    Result [g][s] has shape [len(suffix) - start].
+    See packed_logits for `starts`. Result [g][s] has shape [len(suffix) - start]. Differentiable.
     """
-    tokens, positions, segments, owners, wanted = [], [], [], [], []
+    results = []
     for g, (prefix, suffixes) in enumerate(groups):
-        last = len(tokens) + len(prefix) - 1         # a suffix's first token is predicted here, not by its neighbour
-        tokens += prefix
-        positions += range(len(prefix))
-        segments += [-1] * len(prefix)
-        owners += [g] * len(prefix)
-        for s, suffix in enumerate(suffixes):
-            first = len(tokens)
-            body = suffix[:-1]                       # nothing is predicted from a suffix's last token
-            tokens += body
-            positions += range(len(prefix), len(prefix) + len(body))
-            segments += [s] * len(body)
-            owners += [g] * len(body)
-            start = starts[g][s] if starts else 0
-            wanted.append(([last] + list(range(first, first + len(body))))[start:])
-    device = model.device
-    segment, owner = torch.tensor(segments, device=device), torch.tensor(owners, device=device)
-    order = torch.arange(len(tokens), device=device)
-    visible = (order[:, None] >= order) & (owner[:, None] == owner) & ((segment == -1) | (segment[:, None] == segment))
-    mask = torch.zeros(1, 1, *visible.shape, dtype=model.dtype, device=device)          # [1, 1, row, row]
-    mask.masked_fill_(~visible, torch.finfo(model.dtype).min)
-    unique, inverse = torch.tensor([at for row in wanted for at in row], device=device).unique(return_inverse=True)
-    logits = model(torch.tensor([tokens], device=device), position_ids=torch.tensor([positions], device=device),
-                   attention_mask=mask, logits_to_keep=unique, use_cache=False).logits[0].float() / temperature
-    normaliser = logits.logsumexp(-1)                                                   # [unique]
-    results, offset = [], 0
-    flat = [suffix for _, suffixes in groups for suffix in suffixes]
-    for suffix, row in zip(flat, wanted):
-        at = inverse[offset:offset + len(row)]
-        target = torch.tensor(suffix[len(suffix) - len(row):], device=device)
-        results.append(logits[at, target] - normaliser[at])
-        offset += len(row)
-    parts = iter(results)
-    return [[next(parts) for _ in suffixes] for _, suffixes in groups]
+        logits, rows = packed_logits(model, prefix, suffixes, starts and starts[g])
+        logits = logits / temperature
+        normaliser = logits.logsumexp(-1)                                               # [places]
+        results.append([logits[at, torch.tensor(suffix[len(suffix) - len(at):], device=logits.device, dtype=torch.long)] - normaliser[at]
+                        for suffix, at in zip(suffixes, rows)])
+    return results
 
 
 WORD = re.compile(r"\w+(?:['’]\w+)*")
@@ -799,6 +857,56 @@ def leak_share(trace: str, action: str, context: str, n: int = 4) -> float:
     return len(said) / len(grams) if grams else 0.0
 
 
+# A trace that stands this near to the action in other words gives it away. Chosen on tests/data/planted.jsonl.
+REWORDED = 0.5
+SPEECH = re.compile(r"""\bsam\b[^.]{0,40}\b(?:say|says|said|tells?|told|writes?|wrote|written|repl(?:y|ies|ied)|answer(?:s|ed)?|asks?|asked|responds?|responded|
+    mentions?|mentioned|explain(?:s|ed)?|announce[sd]?|point(?:s|ed|ing)?\ out|joke[sd]?|suggest(?:s|ed)?|propose[sd]?|offer(?:s|ed)?|reports?|reported|admit(?:s|ted)?|
+    remark(?:s|ed)?|claim(?:s|ed)?|state[sd]?|add(?:s|ed)?|inform(?:s|ed)?|thank(?:s|ed)?|apologi[sz]e[sd]?|recommend(?:s|ed)?|advise[sd]?|warn(?:s|ed)?|promise[sd]?|
+    inquire[sd]?|hint(?:s|ed)?)\b""", re.IGNORECASE | re.VERBOSE)
+
+
+def stem(word: str) -> str:
+    """A word without its commonest endings, at least three letters of it: 'hurting' and 'hurts' are both 'hurt'."""
+    for ending in ("'s", "ing", "edly", "ed", "ies", "es", "ly", "s", "er", "y", "e"):
+        if word.endswith(ending) and len(word) - len(ending) >= 3:
+            return word[:-len(ending)]
+    return word
+
+
+def stem_share(trace: str, action: str, context: str) -> float:
+    """Share of the stems of the action's content words that the trace holds and the context does not, 0 to 1.
+
+    An action with fewer than two such stems has share 0: one word in common is no rewording.
+    """
+    stems = [{stem(word) for word in words_of(text) if word not in FUNCTION_WORDS} for text in (action, trace, context)]
+    new = stems[0] - stems[2]
+    return len(new & stems[1]) / len(new) if len(new) > 1 else 0.0
+
+
+def guard_traces(encoder: tuple[Any, Any], traces: Sequence[str], action: str, context: str) -> list[Row]:
+    """{leak, reworded, stopped} of each trace: does it quote the action, or give it away in other words?
+
+      leak       leak_share: 4-grams in common
+      reworded   the larger of stem_share (the action's words in other forms and order) and the cosine of the encoded
+                 trace and action, plus 0.1 if the trace reports an act of speech ("Sam tells Alex that …"): a trace is
+                 about what comes before the act
+      stopped    leak above 0 or reworded of REWORDED and more
+    """
+    acted, *vectors = embed(encoder, [action, *traces])
+    rows = []
+    for trace, vector in zip(traces, vectors):
+        leak = leak_share(trace, action, context)
+        near = (acted @ vector).item() + (0.1 if SPEECH.search(trace) else 0.0)
+        reworded = max(stem_share(trace, action, context), near)
+        rows.append({"leak": leak, "reworded": reworded, "stopped": leak > 0 or reworded >= REWORDED})
+    return rows
+
+
+def given_away(guarded: Row) -> float:
+    """How much of the action a trace with the keys of guard_traces gives away: 0 if it passed the guard, else above 0."""
+    return max(guarded["leak"], guarded["reworded"]) if guarded["stopped"] else 0.0
+
+
 def unsaid_mask(tokenizer: Any, trace: str, action: str, context: str) -> list[bool]:
     """For each token of the encoded action: may the trace be credited for it?
 
@@ -812,29 +920,136 @@ def unsaid_mask(tokenizer: Any, trace: str, action: str, context: str) -> list[b
     return [not any(start < e and s < end for s, e in spans) for start, end in offsets]
 
 
-def action_groups(tokenizer: Any, pair: Row, traces: Sequence[str | None]) -> tuple[Group, list[int]]:
-    """The reconstruction prompt of each trace followed by the true action, and where the action starts in each suffix."""
-    prefix, suffixes = reconstruction_prompt(tokenizer, show_context(pair), traces)
+READINGS = ("reconstruction", "transcript")
+SCORING_PROMPTS = tuple(f"{reading}{end}" for reading in READINGS for end in ("", "_no_trace"))
+
+
+def action_groups(tokenizer: Any, pair: Row, traces: Sequence[str | None], prompt: str = "reconstruction") -> tuple[Group, list[int]]:
+    """A reconstruction prompt of each trace followed by the true action, and where the action starts in each suffix."""
+    prefix, suffixes = reconstruction_prompt(tokenizer, show_context(pair), traces, prompt)
     action = encode_data(tokenizer, pair["action"])
     return (prefix, [suffix + action for suffix in suffixes]), [len(suffix) for suffix in suffixes]
 
 
 @torch.inference_mode()
-def likelihood_scores(model: Any, tokenizer: Any, pair: Row, traces: Sequence[str]) -> tuple[list[Row], list[float]]:
-    """Score traces by how much likelier they make the true action, all in one packed forward.
+def likelihood_scores(model: Any, tokenizer: Any, pair: Row, traces: Sequence[str]) -> tuple[list[Row], list[list[float]]]:
+    """Score traces by how much likelier they make the true action, one packed forward a reading for all of them.
 
+    A token's log-prob is the mean over two wordings of the question (READINGS), which halves much of the noise of each.
     Returns a dict per trace, in nats a token, each the mean over all action tokens of
     log p(token | context, trace) - log p(token | context):
       likelihood   every token counts
       unsaid       tokens that the trace gives away count as 0 (see unsaid_mask)
-    and the per-token log-probs without a trace. Means, because a product over a long action collapses
-    (VeriFree, RLPR and NOVER meet the same problem).
+    and the per-token log-probs: first without a trace, then one list a trace. Means, because a product over a long
+    action collapses (VeriFree, RLPR and NOVER meet the same problem).
     """
-    group, starts = action_groups(tokenizer, pair, [None, *traces])
-    base, *rows = packed_logprobs(model, [group], [starts])[0]
+    readings = []
+    for prompt in READINGS:
+        group, starts = action_groups(tokenizer, pair, [None, *traces], prompt)
+        readings.append(torch.stack(packed_logprobs(model, [group], [starts])[0]))      # [1 + traces, action tokens]
+    logprobs = torch.stack(readings).mean(0)
     context, scores = show_context(pair), []
-    for trace, row in zip(traces, rows):
-        gain = row - base                                                               # [action tokens]
+    for trace, row in zip(traces, logprobs[1:]):
+        gain = row - logprobs[0]                                                        # [action tokens]
         credit = torch.tensor(unsaid_mask(tokenizer, trace, pair["action"], context), device=gain.device)
         scores.append({"likelihood": gain.mean().item(), "unsaid": (gain * credit).mean().item(), "logprob_sum": row.sum().item()})
-    return scores, base.tolist()
+    return scores, logprobs.tolist()
+
+
+def bootstrap_interval(points: Sequence[float], clusters: Sequence[str], seed: int, draws: int = 2000) -> list[float]:
+    """95 % interval of the mean of `points`, whole clusters (conversations) drawn with replacement."""
+    by_cluster: dict[str, list[float]] = {}
+    for point, cluster in zip(points, clusters):
+        by_cluster.setdefault(cluster, []).append(point)
+    sums = [(sum(some), len(some)) for some in by_cluster.values()]
+    generator = random.Random(seed)
+    means = []
+    for _ in range(draws):
+        drawn = generator.choices(sums, k=len(sums))
+        means.append(sum(total for total, _ in drawn) / sum(count for _, count in drawn))
+    means.sort()
+    return [means[int(0.025 * draws)], means[int(0.975 * draws) - 1]]
+
+
+# ------------------------------------------------------------------------------------------------
+# The judge: how close each reconstruction comes to the action, rated by a language model
+
+ASPECTS = ("style", "intent", "values")
+
+
+@torch.inference_mode()
+def judge_locally(model: Any, tokenizer: Any, context: str, action: str, guesses: Sequence[str]) -> list[dict[str, float]]:
+    """Ratings {aspect: 0 to 9} of each guess, in one forward that sees the action and all guesses.
+
+    The rating is the expected digit where the answer's digit is due (as G-Eval reads it, arXiv 2303.16634): it needs
+    no parsing, has no ties, and is never missing. All the answers' beginnings, one a guess and aspect, share the prompt.
+    """
+    digits = [tokenizer.encode(str(digit), add_special_tokens=False) for digit in range(10)]
+    if any(len(ids) != 1 for ids in digits):
+        stop("the judge's tokenizer does not write the digits 0 to 9 as single tokens; choose another --judge")
+    prompt = sum(encode_prompt(tokenizer, "judge", context=context, action=action, guesses=list_guesses(guesses)), [])
+    asked = [tokenizer.encode(f'{{"{number}": {{"{aspect}":', add_special_tokens=False) for number in range(1, len(guesses) + 1) for aspect in ASPECTS]
+    logits, rows = packed_logits(model, prompt, [[*ids, *digits[0]] for ids in asked], [len(ids) for ids in asked])
+    chance = logits[torch.cat(rows)][:, [ids[0] for ids in digits]].softmax(-1)      # [guesses * aspects, 10]
+    expected = (chance @ torch.arange(10.0, device=chance.device)).view(len(guesses), len(ASPECTS)).tolist()
+    return [dict(zip(ASPECTS, row)) for row in expected]
+
+
+def parse_ratings(answer: str, count: int) -> list[dict[str, float]] | None:
+    """The ratings of `count` guesses in a judge's JSON answer, or None if it is anything but exactly that.
+
+    A code fence around the object is taken off; nothing else is repaired, as a guessed rating is worse than none.
+    """
+    text = re.sub(r"\A```(?:json)?\s*\n(.*)\n```\Z", r"\1", answer.strip(), flags=re.DOTALL)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    numbers = [str(number) for number in range(1, count + 1)]
+    if not isinstance(found, dict) or sorted(found) != sorted(numbers):
+        return None
+    for row in found.values():
+        if not isinstance(row, dict) or sorted(row) != sorted(ASPECTS):
+            return None
+        if not all(isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 9 for value in row.values()):
+            return None
+    return [{aspect: float(found[number][aspect]) for aspect in ASPECTS} for number in numbers]
+
+
+def ask_server(name: str, messages: Sequence[Row], max_tokens: int, waits: Sequence[float] = (1, 2, 4, 8, 16)) -> tuple[str, bool]:
+    """(answer, whether it is whole) of model `name` on an OpenAI-compatible server at OPENAI_BASE_URL.
+
+    The key comes from OPENAI_API_KEY alone and is never printed. A busy or failing server is asked again after each of
+    `waits` seconds; one that refuses, or is still failing then, stops the stage (finished rows are kept).
+    """
+    base = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1").rstrip("/")
+    if not base.startswith(("http://", "https://")):
+        stop(f"OPENAI_BASE_URL={base} must start with http:// or https://")
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
+    body = json.dumps({"model": name, "messages": list(messages), "max_tokens": max_tokens, "temperature": 0}).encode()
+    problem = ""
+    for wait in (*waits, None):
+        try:
+            with urllib.request.urlopen(urllib.request.Request(f"{base}/chat/completions", body, headers), timeout=120) as response:
+                choice = json.load(response)["choices"][0]
+            return choice["message"].get("content") or "", choice.get("finish_reason") == "stop"
+        except urllib.error.HTTPError as error:
+            problem = f"HTTP {error.code} {error.reason}"
+            if error.code != 429 and error.code < 500:
+                stop(f"{base} refused the request for model {name}: {problem}; check OPENAI_BASE_URL, OPENAI_API_KEY and the name")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, http.client.HTTPException) as error:
+            problem = f"{type(error).__name__}: {first_line(error)}"
+        if wait is not None:
+            time.sleep(wait)
+    stop(f"{base} failed {len(waits) + 1} times, last with {problem}; start the stage again to go on where it stopped")
+
+
+def judge_remotely(name: str, context: str, action: str, guesses: Sequence[str], tries: int = 3) -> tuple[list[dict[str, float]] | None, int]:
+    """(ratings as judge_locally's or None, calls made). An answer that is cut off or not exactly the JSON asked for is asked for again."""
+    fields = {"context": context, "action": action, "guesses": list_guesses(guesses)}
+    messages = [{"role": role, "content": FIELD.sub(lambda found: fields[found.group(1)], content)} for role, content in PROMPTS["judge"]]
+    for call in range(1, tries + 1):
+        answer, whole = ask_server(name, messages, 100 + 60 * len(guesses))
+        if whole and (ratings := parse_ratings(answer, len(guesses))):
+            return ratings, call
+    return None, tries

@@ -5,8 +5,8 @@
 Sampling: 4 traces for each of 8 real pairs, greedy, exactly 32 tokens each: `common.generate` against transformers'
 `generate` on the left-padded batch of all 32 prompts. Scoring: 8 traces over a context of 512 tokens:
 `common.packed_logprobs` against the padded batch of 8 rows and against one row at a time, logits at the scored
-positions only for all three. Every way is run three
-times in turn and the fastest counts. Prints one JSON object last.
+positions only for all three; with suffixes of 48 tokens (a trace of 32 and an action of 16) and of 80 (with the words of
+the default prompt around them). Every way is run three times in turn and the fastest counts. Prints one JSON object last.
 """
 
 import importlib
@@ -17,13 +17,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-PAIRS, TRACES, NEW_TOKENS, CONTEXT, SCORED, SUFFIX = 8, 4, 32, 512, 8, 60
+PAIRS, TRACES, NEW_TOKENS, CONTEXT, SCORED, ACTION = 8, 4, 32, 512, 8, 16
 
 
 def race(ways: dict[str, Callable[[], object]], rounds: int = 3) -> dict[str, float]:
@@ -41,6 +42,39 @@ def matrix_rate() -> float:
     """Floating-point operations a second of a large float32 matrix product on this machine."""
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     return 2 * 2048**3 / race({"product": lambda: a @ b}, 8)["product"]
+
+
+@torch.inference_mode()
+def scoring_race(model: Any, suffix_tokens: int) -> dict:
+    """Packed against padded and one-by-one scoring of SCORED suffixes behind one prefix; the last ACTION tokens are scored.
+
+    All three compute the output layer for the scored tokens alone, so the race is about the shared prefix and padding.
+    """
+    generator = torch.Generator().manual_seed(0)
+    prefix = torch.randint(100, 40_000, (CONTEXT,), generator=generator).tolist()
+    suffixes = torch.randint(100, 40_000, (SCORED, suffix_tokens), generator=generator).tolist()
+    scores = {}
+
+    def gather(logits: torch.Tensor, suffix: torch.Tensor) -> torch.Tensor:
+        return logits[:, :-1].float().log_softmax(-1).gather(-1, suffix[:, -ACTION:].unsqueeze(-1)).squeeze(-1)
+
+    def packed() -> None:
+        scores["packed"] = torch.stack(common.packed_logprobs(model, [(prefix, suffixes)], [[suffix_tokens - ACTION] * SCORED])[0])
+
+    def batch() -> None:
+        scores["padded"] = gather(model(torch.tensor([prefix + suffix for suffix in suffixes]), logits_to_keep=ACTION + 1).logits, torch.tensor(suffixes))
+
+    def single() -> None:
+        scores["single"] = torch.cat([gather(model(torch.tensor([prefix + suffix]), logits_to_keep=ACTION + 1).logits, torch.tensor([suffix])) for suffix in suffixes])
+
+    seconds = race({"packed": packed, "padded_batch": batch, "one_by_one": single})
+    output = model.get_input_embeddings().weight.numel()                                # tied with the output layer
+    flops = 2 * (sum(p.numel() for p in model.parameters()) - output) * (CONTEXT + SCORED * (suffix_tokens - 1)) + 2 * output * SCORED * ACTION
+    return {"traces": SCORED, "context_tokens": CONTEXT, "suffix_tokens": suffix_tokens, "scored_tokens": ACTION, "seconds": seconds,
+            "rows_a_second": {name: SCORED / value for name, value in seconds.items()},
+            "speedup_over_padded": seconds["padded_batch"] / seconds["packed"], "speedup_over_one_by_one": seconds["one_by_one"] / seconds["packed"],
+            "largest_difference": max((scores["packed"] - scores[name]).abs().max().item() for name in ("padded", "single")),
+            "packed_share_of_matrix_rate": flops / seconds["packed"] / matrix_rate()}
 
 
 @torch.inference_mode()
@@ -68,34 +102,10 @@ def main() -> None:
     same = sum(a == b for a, b in zip(drawn["shared"], drawn["padded"])) / len(rows)
     model.generation_config.eos_token_id, tokenizer.eos_token_id = ends, end_token
 
-    generator = torch.Generator().manual_seed(0)
-    prefix = torch.randint(100, 40_000, (CONTEXT,), generator=generator).tolist()
-    suffixes = torch.randint(100, 40_000, (SCORED, SUFFIX), generator=generator).tolist()
-    scores = {}
-
-    def gather(logits: torch.Tensor, suffix: torch.Tensor) -> torch.Tensor:
-        return logits[:, :-1].float().log_softmax(-1).gather(-1, suffix.unsqueeze(-1)).squeeze(-1)
-
-    def packed() -> None:
-        scores["packed"] = torch.stack(common.packed_logprobs(model, [(prefix, suffixes)])[0])
-
-    def batch() -> None:
-        scores["padded"] = gather(model(torch.tensor([prefix + suffix for suffix in suffixes]), logits_to_keep=SUFFIX + 1).logits, torch.tensor(suffixes))
-
-    def single() -> None:
-        scores["single"] = torch.cat([gather(model(torch.tensor([prefix + suffix]), logits_to_keep=SUFFIX + 1).logits, torch.tensor([suffix])) for suffix in suffixes])
-
-    scoring = race({"packed": packed, "padded_batch": batch, "one_by_one": single})
-    flops = 2 * (sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()) * (CONTEXT + SCORED * (SUFFIX - 1))
-    flops += 2 * model.get_input_embeddings().weight.numel() * (1 + SCORED * (SUFFIX - 1))      # the tied output layer
-    rate = matrix_rate()
     print(json.dumps({
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__,
         "sampling_seconds": sampling, "sampling_speedup": sampling["transformers_generate"] / sampling["shared_prefix"], "sampling_same_greedy_rows": same,
-        "scoring_seconds": scoring, "scoring_speedup_over_padded": scoring["padded_batch"] / scoring["packed"],
-        "scoring_speedup_over_one_by_one": scoring["one_by_one"] / scoring["packed"],
-        "scoring_largest_difference": max((scores["packed"] - scores[name]).abs().max().item() for name in ("padded", "single")),
-        "packed_share_of_matrix_rate": flops / scoring["packed"] / rate,
+        "scoring": [scoring_race(model, 48), scoring_race(model, 80)],
     }, indent=1))
 
 

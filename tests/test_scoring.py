@@ -57,20 +57,22 @@ def test_packed_gradients_equal_one_row_at_a_time(tiny, numbers):
         torch.testing.assert_close(packed[name], slow[name], atol=1e-4, rtol=1e-4, msg=name)
 
 
-def test_likelihood_score_equals_the_difference_of_two_plain_forwards(tiny):
+def test_likelihood_score_equals_the_difference_of_plain_forwards_over_both_wordings(tiny):
     model, tokenizer = tiny
     pair, traces = make_pair(), ["Ann feels tired.", "Sam wants to help with the weeds, which sounds like fun."]
-    scores, base = common.likelihood_scores(model, tokenizer, pair, traces)
-    action = common.encode_data(tokenizer, pair["action"])
-    prefix, (without, *others) = common.reconstruction_prompt(tokenizer, common.show_context(pair), [None, *traces])
+    scores, logprobs = common.likelihood_scores(model, tokenizer, pair, traces)
+    action, context = common.encode_data(tokenizer, pair["action"]), common.show_context(pair)
+    slow = []
     with torch.no_grad():
-        alone = slow_logprobs(model, prefix + without, action)
-        assert base == pytest.approx(alone.tolist(), abs=1e-4)
-        for trace, suffix, score in zip(traces, others, scores):
-            gain = slow_logprobs(model, prefix + suffix, action) - alone
-            credit = torch.tensor(common.unsaid_mask(tokenizer, trace, pair["action"], common.show_context(pair)))
-            assert score["likelihood"] == pytest.approx(gain.mean().item(), abs=1e-4)
-            assert score["unsaid"] == pytest.approx((gain * credit).sum().item() / len(action), abs=1e-4)
+        for prompt in ("reconstruction", "transcript"):
+            prefix, suffixes = common.reconstruction_prompt(tokenizer, context, [None, *traces], prompt)
+            slow.append(torch.stack([slow_logprobs(model, prefix + suffix, action) for suffix in suffixes]))
+    slow = (slow[0] + slow[1]) / 2
+    torch.testing.assert_close(torch.tensor(logprobs), slow, atol=1e-4, rtol=0)
+    for trace, row, score in zip(traces, slow[1:], scores):
+        credit = torch.tensor(common.unsaid_mask(tokenizer, trace, pair["action"], context))
+        assert score["likelihood"] == pytest.approx((row - slow[0]).mean().item(), abs=1e-4)
+        assert score["unsaid"] == pytest.approx(((row - slow[0]) * credit).sum().item() / len(action), abs=1e-4)
 
 
 def test_leak_share_counts_copied_four_grams_that_the_context_does_not_hold():

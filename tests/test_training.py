@@ -23,7 +23,7 @@ def rl(stage):
 
 
 def scored_row(scores, leaks=None, name="c/1"):
-    candidates = [{"trace": f"trace {k}", "tokens": 5 + k, "leak": (leaks or [0] * len(scores))[k], "scores": {"unsaid": score}} for k, score in enumerate(scores)]
+    candidates = [{"trace": f"trace {k}", "tokens": 5 + k, "leak": (leaks or [0] * len(scores))[k], "reworded": 0.1, "stopped": bool(leaks and leaks[k]), "scores": {"unsaid": score}} for k, score in enumerate(scores)]
     return {"id": name, "candidates": candidates, "baseline": {"unsaid": 0.0}}
 
 
