@@ -153,13 +153,13 @@ def rank_correlation(groups: Sequence[tuple[Sequence[float], Sequence[float]]]) 
     return products / (squares_x * squares_y) ** 0.5 if squares_x and squares_y else None
 
 
-def own_over_other(own: Sequence[float], other: Sequence[float]) -> float:
-    """AUC of one pair: the share of (own, other) comparisons that the own trace wins, a tie counting half."""
-    return sum((a > b) + 0.5 * (a == b) for a in own for b in other) / (len(own) * len(other))
+def own_over_other(own: Sequence[float], other: Sequence[float]) -> list[float]:
+    """Every comparison of an own with another trace of one pair: 1 if the own one scores higher, 0.5 for a tie, else 0."""
+    return [(a > b) + 0.5 * (a == b) for a in own for b in other]
 
 
 def auc(rows: Sequence[Row], conversations: dict[str, str], name: str, guarded: bool, seed: int = 0) -> Row | None:
-    """How often a pair's own traces beat the control, averaged over pairs, with a 95 % interval by conversation.
+    """Share of the comparisons within pairs that a pair's own trace wins against the control, with a 95 % interval by conversation.
 
     `guarded` leaves out stopped traces, own ones and controls.
     """
@@ -167,12 +167,12 @@ def auc(rows: Sequence[Row], conversations: dict[str, str], name: str, guarded: 
     for row in rows:
         some = [[c["scores"][name] for c in side if c["scores"].get(name) is not None and not (guarded and c["stopped"])]
                 for side in (row["candidates"], [row["control"]])]
-        if all(some):
-            points.append(own_over_other(*some))
-            clusters.append(conversations[row["id"]])
+        compared = own_over_other(*some)
+        points += compared
+        clusters += [conversations[row["id"]]] * len(compared)
     if not points:
         return None
-    return {"auc": sum(points) / len(points), "ci95": bootstrap_interval(points, clusters, seed), "pairs": len(points)}
+    return {"auc": sum(points) / len(points), "ci95": bootstrap_interval(points, clusters, seed), "comparisons": len(points)}
 
 
 def measure_controls(rows: Sequence[Row], conversations: dict[str, str], name: str) -> Row:

@@ -876,11 +876,12 @@ def stem(word: str) -> str:
 def stem_share(trace: str, action: str, context: str) -> float:
     """Share of the stems of the action's content words that the trace holds and the context does not, 0 to 1.
 
-    An action with fewer than two such stems has share 0: one word in common is no rewording.
+    A single stem in common counts as none: a topic named is no rewording.
     """
     stems = [{stem(word) for word in words_of(text) if word not in FUNCTION_WORDS} for text in (action, trace, context)]
     new = stems[0] - stems[2]
-    return len(new & stems[1]) / len(new) if len(new) > 1 else 0.0
+    said = new & stems[1]
+    return len(said) / len(new) if len(said) > 1 else 0.0
 
 
 def guard_traces(encoder: tuple[Any, Any], traces: Sequence[str], action: str, context: str) -> list[Row]:
@@ -935,7 +936,7 @@ def action_groups(tokenizer: Any, pair: Row, traces: Sequence[str | None], promp
 def likelihood_scores(model: Any, tokenizer: Any, pair: Row, traces: Sequence[str]) -> tuple[list[Row], list[list[float]]]:
     """Score traces by how much likelier they make the true action, one packed forward a reading for all of them.
 
-    A token's log-prob is the mean over two wordings of the question (READINGS), which halves much of the noise of each.
+    A token's log-prob is the mean over two wordings of the question (READINGS), so that no score hangs on one.
     Returns a dict per trace, in nats a token, each the mean over all action tokens of
     log p(token | context, trace) - log p(token | context):
       likelihood   every token counts

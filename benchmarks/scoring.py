@@ -4,7 +4,7 @@
     python benchmarks/scoring.py runs/mine/pairs.jsonl  and the test split of any other pairs
 
 Real pairs: 4 traces a pair by the synthesizer; does a pair's own trace score above a trace of another conversation's pair
-(AUC over 4 x 4 comparisons a pair, 0.5 is noise, 95 % interval by conversation), with and without the traces that the leak
+(AUC: the share of comparisons won, 4 x 4 a pair; 0.5 is noise; 95 % interval by conversation), with and without the traces that the leak
 guard stops? Beside the stage's scores stand aggregates of the same token log-probs: each wording of the question alone,
 the mean gain in probability (RLPR, arXiv 2506.18254) and the mean gain weighted by how much each token's log-prob varies
 over the pair's traces (DRO, arXiv 2506.13351).
@@ -86,10 +86,11 @@ def measure_pairs(model: Any, tokenizer: Any, encoder: Any, pairs: list[dict], w
             points, clusters = [], []
             for pair, row in zip(pairs, rows):
                 own, others = ([c["scores"][name] for c in some if not (guarded and c["stopped"])] for some in (row["candidates"][:N], row["candidates"][N:]))
-                if own and others:
-                    points.append(scoring.own_over_other(own, others))
-                    clusters.append(pair["conversation"])
-            table[name]["guarded" if guarded else "all"] = {"auc": round(sum(points) / len(points), 4), "ci95": [round(end, 4) for end in common.bootstrap_interval(points, clusters, 0)]}
+                compared = scoring.own_over_other(own, others)
+                points += compared
+                clusters += [pair["conversation"]] * len(compared)
+            table[name]["guarded" if guarded else "all"] = {"auc": round(sum(points) / len(points), 4), "comparisons": len(points),
+                                                            "ci95": [round(end, 4) for end in common.bootstrap_interval(points, clusters, 0)]}
     own = [candidate for row in rows for candidate in row["candidates"][:N]]
     return {"pairs": len(pairs), "conversations": len({pair["conversation"] for pair in pairs}), "people": len({pair["user"] for pair in pairs}),
             "own_traces": len(own), "own_traces_stopped": sum(c["stopped"] for c in own), "own_traces_with_a_quote": sum(c["leak"] > 0 for c in own), "auc": table}
@@ -122,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pairs", nargs="*", type=Path, help="further pairs.jsonl files, whose test split is measured as well")
     parser.add_argument("--model", default="embedded", metavar="NAME", help="synthesizer, reconstructor and judge (default: %(default)s)")
-    parser.add_argument("--limit", type=common.positive_int, default=40, help="pairs of each file (default: %(default)s)")
+    parser.add_argument("--limit", type=common.positive_int, default=36, help="pairs of each file (default: %(default)s)")
     args = parser.parse_args()
     model, tokenizer = common.load_model(args.model, None)
     encoder = common.load_encoder()

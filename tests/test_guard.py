@@ -48,7 +48,7 @@ def test_words_in_other_forms_and_order_count_as_rewording_and_words_of_the_cont
     action, context = "I love hiking but my knee hurts these days", "Alex: how is your knee?"
     assert common.stem_share("his knee is hurting and he loved the hikes", action, context) == 0.75          # love, hik, hurt; not days
     assert common.stem_share("the knee is bad", action, context) == 0.0
-    assert common.stem_share("hello to all", "hello!", "") == 0.0                                            # one word is no rewording
+    assert common.stem_share("Sam loves it", action, context) == 0.0                                          # one word is no rewording
 
 
 def test_a_trace_that_reports_speech_is_nearer_to_a_leak_than_the_same_thought(encoder):
@@ -169,8 +169,8 @@ def row_of(name, own, other, stopped=()):
 def test_auc_is_the_share_of_comparisons_won_and_leaves_out_stopped_traces(stage):
     scoring = stage("03_reconstruct_score")
     rows, conversations = [row_of("a", [1, 2, 3], 2), row_of("b", [5, -1], 0, stopped={0})], {"a": "A", "b": "B"}
-    assert scoring.auc(rows, conversations, "s", False)["auc"] == pytest.approx((0.5 + 0.5) / 2)
-    assert scoring.auc(rows, conversations, "s", True)["auc"] == pytest.approx((0.5 + 0.0) / 2)
+    assert scoring.auc(rows, conversations, "s", False)["auc"] == pytest.approx((0 + 0.5 + 1 + 1 + 0) / 5)
+    assert scoring.auc(rows, conversations, "s", True)["auc"] == pytest.approx((0 + 0.5 + 1 + 0) / 4)
     found = scoring.measure_controls([row_of("a", [-1, -2], 0), row_of("b", [1, -2], 0)], conversations, "s")
     assert found["pairs_where_no_trace_wins"] == 0.5 and found["correlation_with_length"] == pytest.approx(-1)
-    assert scoring.auc(rows, conversations, "t", False) is None and math.isclose(found["own_over_other"]["auc"], 0.25)
+    assert scoring.auc(rows, conversations, "t", False) is None and math.isclose(found["own_over_other"]["auc"], 1 / 4)

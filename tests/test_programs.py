@@ -19,7 +19,8 @@ def run_stage(run, script, *arguments):
                           timeout=600, env={**os.environ, "HF_HUB_OFFLINE": "1"})
 
 
-STAGES = [("01_prepare.py", "--limit", "8"), ("02_sample_candidates.py", "--n", "2", "--max-trace-tokens", "16"), ("03_reconstruct_score.py", "--max-action-tokens", "12"),
+SCORING = ("--max-action-tokens", "12", "--scorers", "likelihood,embedding,judge")
+STAGES = [("01_prepare.py", "--limit", "8"), ("02_sample_candidates.py", "--n", "2", "--max-trace-tokens", "16"), ("03_reconstruct_score.py", *SCORING),
           ("04_select_sft.py", "--epochs", "1"), ("05_rl_train.py", "--steps", "1", "--prompts", "2", "--group", "2", "--max-new-tokens", "16", "--epochs", "1", "--retries", "1"),
           ("06_evaluate.py", "--max-trace-tokens", "16", "--max-action-tokens", "12")]
 
@@ -46,6 +47,19 @@ def test_the_loop_on_the_embedded_default_evaluates_every_arm_on_held_out_pairs(
     assert {"none", "backward", "recon", "recon-grpo"} <= results["arms"].keys()
     assert all(set(row["ids"]) == test for row in results["arms"].values())
     assert results["made_with"]["versions"]["torch"] and (demo / "report.html").stat().st_size > 10_000
+
+
+def test_the_scores_of_the_embedded_default_come_with_guard_calls_and_controls(demo):
+    rows = common.read_rows(demo / "scores.jsonl")
+    summary = json.loads((demo / "scores.summary.json").read_text())
+    every = [candidate for row in rows for candidate in row["candidates"]]
+    assert all({"likelihood", "unsaid", "embedding", "judge"} == candidate["scores"].keys() and 0 <= candidate["scores"]["judge"] <= 9 for candidate in every)
+    calls = summary["calls"]
+    assert calls["traces"] + calls["reconstructions"] + calls["judgements"] == len(rows) * (2 * 2 + 1)         # 2N + 1 with N = 2
+    assert summary["guard"]["stopped"] == sum(candidate["stopped"] for candidate in every) and summary["judge_order"]["between_orders"] >= 0
+    assert summary["controls"].keys() == {"likelihood", "unsaid", "embedding", "judge"}
+    pairs = {pair["id"]: pair for pair in common.read_rows(demo / "pairs.jsonl")}
+    assert all(pairs[row["control"]["id"]]["conversation"] != pairs[row["id"]]["conversation"] for row in rows)
 
 
 def test_a_real_model_prefers_a_trace_that_says_what_the_reply_is_about():
@@ -84,9 +98,9 @@ def test_a_bad_line_in_an_input_stops_the_stage_and_keeps_its_output(demo, tmp_p
     before = (run / "scores.jsonl").read_bytes()
     whole = (run / "candidates.jsonl").read_bytes()
     (run / "candidates.jsonl").write_bytes(whole + b'{"id": "x"}\n')
-    done = run_stage(run, "03_reconstruct_score.py", "--max-action-tokens", "12")
+    done = run_stage(run, "03_reconstruct_score.py", *SCORING)
     assert done.returncode == 2 and "'candidates' is missing" in done.stderr and f"line {len(whole.splitlines()) + 1}" in done.stderr
     (run / "candidates.jsonl").write_bytes(whole + b"\n".join(whole.splitlines()[:1]) + b"\n")
-    done = run_stage(run, "03_reconstruct_score.py", "--max-action-tokens", "12")
+    done = run_stage(run, "03_reconstruct_score.py", *SCORING)
     assert done.returncode == 2 and "inputs" in done.stderr and "--overwrite" in done.stderr
     assert (run / "scores.jsonl").read_bytes() == before
