@@ -541,7 +541,7 @@ PROMPTS = {
         ("user", "Conversation:\n{context}\n\nSam really sent:\n{action}\n\n{guesses}\n\n"
                  "Rate every guess from 0 (nothing in common with what Sam really sent) to 9 (the same) in three aspects: style (how it is worded), "
                  "intent (what it is meant to do) and values (what matters to its writer). "
-                 'Answer with one JSON object and nothing else, like {"1": {"style": 0, "intent": 0, "values": 0}, "2": …}, with an entry for every guess.'),
+                 'Answer with one JSON object and nothing else, like {"1":{"style":0,"intent":0,"values":0},"2":…}, without spaces, with an entry for every guess.'),
     ],
     # The user model: context -> <think> trace </think> action. `user` tells apart the people who share one model.
     "user_model": [
@@ -984,12 +984,13 @@ def judge_locally(model: Any, tokenizer: Any, context: str, action: str, guesses
 
     The rating is the expected digit where the answer's digit is due (as G-Eval reads it, arXiv 2303.16634): it needs
     no parsing, has no ties, and is never missing. All the answers' beginnings, one a guess and aspect, share the prompt.
+    The JSON has no spaces, so that the digit is the very next token.
     """
     digits = [tokenizer.encode(str(digit), add_special_tokens=False) for digit in range(10)]
     if any(len(ids) != 1 for ids in digits):
         stop("the judge's tokenizer does not write the digits 0 to 9 as single tokens; choose another --judge")
     prompt = sum(encode_prompt(tokenizer, "judge", context=context, action=action, guesses=list_guesses(guesses)), [])
-    asked = [tokenizer.encode(f'{{"{number}": {{"{aspect}":', add_special_tokens=False) for number in range(1, len(guesses) + 1) for aspect in ASPECTS]
+    asked = [tokenizer.encode(f'{{"{number}":{{"{aspect}":', add_special_tokens=False) for number in range(1, len(guesses) + 1) for aspect in ASPECTS]
     logits, rows = packed_logits(model, prompt, [[*ids, *digits[0]] for ids in asked], [len(ids) for ids in asked])
     chance = logits[torch.cat(rows)][:, [ids[0] for ids in digits]].softmax(-1)      # [guesses * aspects, 10]
     expected = (chance @ torch.arange(10.0, device=chance.device)).view(len(guesses), len(ASPECTS)).tolist()

@@ -73,7 +73,10 @@ def measure_pairs(model: Any, tokenizer: Any, encoder: Any, pairs: list[dict], w
     other = {}
     for place, pair in enumerate(circle):
         later = circle[place + 1:] + circle[:place]
-        other[pair["id"]] = by_id[next(candidate["id"] for candidate in later if candidate["conversation"] != pair["conversation"])]
+        foreign = [candidate["id"] for candidate in later if candidate["conversation"] != pair["conversation"]]
+        if not foreign:
+            common.stop(f"{what}: the test split needs pairs of two conversations or more")
+        other[pair["id"]] = by_id[foreign[0]]
     rows, logprobs = score_all(model, tokenizer, encoder, pairs, [[dict(c) for c in (*by_id[pair["id"]], *other[pair["id"]])] for pair in pairs], f"{what}: scoring")
     for pair, row, tokens in zip(pairs, rows, logprobs):
         more = aggregates(model, tokenizer, pair, [candidate["trace"] for candidate in row["candidates"]], tokens)
@@ -89,6 +92,8 @@ def measure_pairs(model: Any, tokenizer: Any, encoder: Any, pairs: list[dict], w
                 compared = scoring.own_over_other(own, others)
                 points += compared
                 clusters += [pair["conversation"]] * len(compared)
+            if not points:
+                continue
             table[name]["guarded" if guarded else "all"] = {"auc": round(sum(points) / len(points), 4), "comparisons": len(points),
                                                             "ci95": [round(end, 4) for end in common.bootstrap_interval(points, clusters, 0)]}
     own = [candidate for row in rows for candidate in row["candidates"][:N]]
@@ -138,6 +143,8 @@ def main() -> None:
         files = {"default data": Path(folder) / "pairs.jsonl"} | {str(path): path for path in args.pairs}
         for name, path in files.items():
             pairs = [pair for pair in common.read_pairs(path) if pair["split"] == "test"][:args.limit]
+            if not pairs:
+                common.stop(f"{name} holds no pair of the test split")
             result["pairs"][name] = measure_pairs(model, tokenizer, encoder, pairs, name)
             print(json.dumps(result["pairs"][name]))
     print(json.dumps(result, indent=1))

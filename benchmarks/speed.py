@@ -68,10 +68,12 @@ def scoring_race(model: Any, suffix_tokens: int) -> dict:
         scores["packed"] = torch.stack(common.packed_logprobs(model, [(prefix, suffixes)], [[suffix_tokens - ACTION] * SCORED])[0])
 
     def batch() -> None:
-        scores["padded"] = gather(model(torch.tensor([prefix + suffix for suffix in suffixes]), logits_to_keep=ACTION + 1).logits, torch.tensor(suffixes))
+        rows = torch.tensor([prefix + suffix for suffix in suffixes], device=model.device)
+        scores["padded"] = gather(model(rows, logits_to_keep=ACTION + 1).logits, torch.tensor(suffixes, device=model.device))
 
     def single() -> None:
-        scores["single"] = torch.cat([gather(model(torch.tensor([prefix + suffix]), logits_to_keep=ACTION + 1).logits, torch.tensor([suffix])) for suffix in suffixes])
+        scores["single"] = torch.cat([gather(model(torch.tensor([prefix + suffix], device=model.device), logits_to_keep=ACTION + 1).logits,
+                                             torch.tensor([suffix], device=model.device)) for suffix in suffixes])
 
     seconds = race({"packed": packed, "padded_batch": batch, "one_by_one": single}, repeats={"packed": 4})
     output = model.get_input_embeddings().weight.numel()                                # tied with the output layer

@@ -60,7 +60,9 @@ def test_local_ratings_equal_one_plain_forward_a_guess_and_aspect(tiny):
     with torch.no_grad():
         for number, row in enumerate(rated, start=1):
             for aspect in common.ASPECTS:
-                asked = tokenizer.encode(f'{{"{number}": {{"{aspect}":', add_special_tokens=False)
+                asked = tokenizer.encode(f'{{"{number}":{{"{aspect}":', add_special_tokens=False)
+                shown = tokenizer.encode(f'{{"{number}":{{"{aspect}":7,', add_special_tokens=False)
+                assert shown[:len(asked)] == asked and tokenizer.decode(shown[len(asked)]) == "7"       # the digit is the very next token
                 assert row[aspect] == pytest.approx(slow_expected_digit(model, tokenizer, prompt, asked), abs=1e-4)
 
 
