@@ -17,6 +17,7 @@ and the leak guard, which no score is trusted without, because a trace that quot
     in     RUN/pairs.jsonl, RUN/candidates.jsonl
     out    RUN/scores.jsonl             id, candidates [{… leak, reworded, stopped, reconstruction, scores, logprob_sum}],
                                         baseline {the scores with no trace}, control {another pair's trace, its scores}, calls
+                                        (with the judge: each candidate's ratings; cut: turns left out of the context)
            RUN/scores.summary.json      the controls below, what the guard stopped, model calls
            RUN/token_logprobs.jsonl     with --keep-token-logprobs: what other aggregates need, without a model call
 
@@ -25,23 +26,25 @@ How to run it:
     python 03_reconstruct_score.py
     python 03_reconstruct_score.py --scorers likelihood                          writes no reconstructions: several times faster
     python 03_reconstruct_score.py --scorers likelihood,embedding,judge          the paper's scorer beside ours
-    python 03_reconstruct_score.py --scorers judge --judge openai:gpt-5-mini     by a server (OPENAI_BASE_URL, OPENAI_API_KEY)
+    python 03_reconstruct_score.py --scorers judge --judge openai:NAME           by a server (OPENAI_BASE_URL, OPENAI_API_KEY)
 
 The summary's controls say whether a score measures anything: how often a pair's own trace beats another pair's (AUC;
 0.5 is noise), whether the score merely follows length or leaks, and in how many pairs no trace beats no trace at all.
+The judge sees neither the other pair's trace nor the one without a trace, so it has no AUC here (benchmarks/scoring.py has).
 
 Departures from the paper: it scores with a judge alone, in 2N + 1 model calls a pair (N traces, N reconstructions, one
 judgement), as `--scorers judge` does. The other scores, the guard and the controls are ours.
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from common import (ASPECTS, SCORING_PROMPTS, Group, Row, append_rows, batches_by_length, begin_output, begin_run, bootstrap_interval, check_made_from,
-                    clean_action, closing_line, cut_context, decode, embed, encode_data, encode_prompt, finished_rows, generate, guard_traces,
+                    clean_action, closing_line, cut_context, decode, digit_tokens, discard, embed, encode_data, encode_prompt, finished_rows, generate, guard_traces,
                     judge_locally, judge_remotely, likelihood_scores, load_encoder, load_model, made_with, positive_int, progress, read_candidates,
                     read_pairs, reconstruction_prompt, seed_of, show_context, stage_arguments, stop, write_text)
 
@@ -62,12 +65,9 @@ def reconstruct(model: Any, tokenizer: Any, contexts: Sequence[str], traces: Seq
     return [[next(texts) for _ in some] for some in traces]
 
 
-def load_judge(name: str | None, model: Any, tokenizer: Any, four_bit: bool | None) -> Judge:
-    """The judge called `name`: a server's, another local model, or (None) the reconstructor itself."""
-    if name and name.startswith("openai:"):
-        return partial(judge_remotely, name.removeprefix("openai:"))
-    if name:
-        model, tokenizer = load_model(name, four_bit)
+def local_judge(model: Any, tokenizer: Any) -> Judge:
+    """A judge whose ratings are read from a local model's token probabilities, one call each."""
+    digit_tokens(tokenizer)
     return lambda context, action, guesses: (judge_locally(model, tokenizer, context, action, guesses), 1)
 
 
@@ -118,7 +118,7 @@ def score_pairs(model: Any, tokenizer: Any, encoder: Any, judge: Judge | None, p
             action, without, *vectors = embed(encoder, [pair["action"], row["baseline"]["reconstruction"], *(c["reconstruction"] for c in everyone)])
             row["baseline"]["embedding"] = (action @ without).item()                    # unit length, so a dot is a cosine
             for candidate, vector in zip(everyone, vectors):
-                candidate["scores"]["embedding"] = (action @ vector).item()
+                candidate["scores"]["embedding"] = (action @ vector).item() if candidate["reconstruction"] else -1.0
 
     if "judge" in scorers:
         for pair, context, row in zip(pairs, contexts, rows):
@@ -194,6 +194,8 @@ def judge_movement(judge: Judge, pairs: Sequence[Row], rows: Sequence[Row]) -> R
     moved, apart, calls = [], [], 0
     for pair, row in zip(pairs, rows):
         guesses = [candidate["reconstruction"] for candidate in row["candidates"]]
+        if len(guesses) < 2:
+            continue
         orders = []
         for first in range(len(guesses)):
             ratings, made = judge_in_order(judge, show_context(pair), pair["action"], guesses, first)
@@ -208,17 +210,19 @@ def judge_movement(judge: Judge, pairs: Sequence[Row], rows: Sequence[Row]) -> R
     return {"between_orders": sum(moved) / len(moved), "between_guesses": sum(apart) / len(apart), "pairs": len(pairs), "calls": calls}
 
 
-def summarise(rows: Sequence[Row], conversations: dict[str, str], movement: Row | None) -> Row:
+def summarise(rows: Sequence[Row], conversations: dict[str, str], movement: Row | None, left_out: Sequence[str] = ()) -> Row:
     """What scores.summary.json holds."""
     every = [candidate for row in rows for candidate in row["candidates"]]
     names = sorted({name for candidate in every for name in candidate["scores"]}, key=("likelihood", "unsaid", "embedding", "judge").index)
     calls = Counter({"traces": len(every)})
     for row in rows:
         calls.update(row["calls"])
+    if movement:
+        calls["judgements in other orders"] = movement["calls"]
     guard = {"candidates": len(every), "leaking": sum(c["leak"] > 0 for c in every), "stopped": sum(c["stopped"] for c in every),
              "pairs_with_all_stopped": sum(all(c["stopped"] for c in row["candidates"]) for row in rows)}
     missing = sum(any(c["scores"].get("judge", 0) is None for c in row["candidates"]) for row in rows)
-    return {"pairs": len(rows), "contexts_cut": sum(row["cut"] > 0 for row in rows), "calls": dict(calls), "guard": guard, "judge_missing_pairs": missing,
+    return {"pairs": len(rows), "left_out": list(left_out), "contexts_cut": sum(row["cut"] > 0 for row in rows), "calls": dict(calls), "guard": guard, "judge_missing_pairs": missing,
             "judge_order": movement, "controls": {name: measure_controls(rows, conversations, name) for name in names}}
 
 
@@ -230,7 +234,7 @@ def print_summary(summary: Row) -> None:
         own = " -> ".join(f"{part['auc']:.1%} [{part['ci95'][0]:.1%}, {part['ci95'][1]:.1%}]" if part else "none" for part in (row["own_over_other"], row["own_over_other_guarded"]))
         follows = ", ".join(f"{what} {row[f'correlation_with_{what}']:+.2f}" for what in ("length", "leak", "rewording") if row[f"correlation_with_{what}"] is not None)
         loses = "" if row["pairs_where_no_trace_wins"] is None else f"; no trace beats no trace in {row['pairs_where_no_trace_wins']:.0%} of pairs"
-        print(f"{name}: " + (f"own trace over another pair's {own} (behind the guard); " if row["own_over_other"] else "") + f"correlation with {follows}" + loses)
+        print(f"{name}: " + (f"own trace over another pair's {own} (behind the guard); " if row["own_over_other"] else "") + (f"correlation with {follows}" if follows else "no correlation to be had") + loses)
     if judged := calls.get("judgements"):
         print(f"judge: {calls['traces']} traces + {calls['reconstructions']} reconstructions + {judged} judgements = {calls['traces'] + calls['reconstructions'] + judged} model calls "
               f"for {summary['pairs']} pairs; {summary['judge_missing_pairs']} pairs without a valid answer")
@@ -242,22 +246,27 @@ def print_summary(summary: Row) -> None:
 # The stage
 
 
-def room_for_context(tokenizer: Any, window: int, action: str, traces: Sequence[str], max_tokens: int) -> int:
-    """Tokens left for a context in a model's window once prompt, longest trace, guesses and the whole action have their place."""
-    empty = {"context": "", "action": "", "trace": "", "guesses": ""}
-    template = max(sum(map(len, encode_prompt(tokenizer, name, **empty))) for name in ("reconstruction", "judge"))
-    acted = max(len(encode_data(tokenizer, action)), max_tokens)
-    longest = max(len(encode_data(tokenizer, trace)) for trace in traces)
-    return window - template - max(longest + acted, acted + len(traces) * (max_tokens + 8) + 16)
+def room_in_window(model: Any, tokenizer: Any, prompt: str, tokens: int) -> int:
+    """Tokens left for a context in the model's window once the words of `prompt` and `tokens` more have their place."""
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if window is None:
+        stop("the model's configuration names no window (max_position_embeddings); use a model that does")
+    return window - sum(map(len, encode_prompt(tokenizer, prompt, context="", action="", trace="", guesses=""))) - tokens
 
 
-def choose_controls(work: Sequence[Row], found: dict[str, Row]) -> dict[str, Row]:
-    """{id, trace, tokens} of another pair for each pair: the first candidate of the next pair of another conversation in a fixed circle."""
-    circle = sorted(work, key=lambda pair: seed_of("control", pair["id"]))
+def choose_controls(work: Sequence[Row], pairs: Sequence[Row], found: dict[str, Row]) -> dict[str, Row]:
+    """{id, trace, tokens} for each pair of `work`: the first candidate of the next of `pairs` in a fixed circle.
+
+    It is a pair of another conversation, or, if there is but one, another pair of the same.
+    """
+    circle = sorted(pairs, key=lambda pair: seed_of("control", pair["id"]))
+    if work and len(circle) < 2:
+        stop("one pair is not enough: each pair's control is the trace of another pair")
+    places = {pair["id"]: place for place, pair in enumerate(circle)}
     chosen = {}
-    for place, pair in enumerate(circle):
-        others = [other for other in (*circle[place + 1:], *circle[:place])]
-        other = next((other for other in others if other["conversation"] != pair["conversation"]), others[0] if others else pair)
+    for pair in work:
+        others = (*circle[places[pair["id"]] + 1:], *circle[:places[pair["id"]]])
+        other = next((other for other in others if other["conversation"] != pair["conversation"]), others[0])
         first = found[other["id"]]["candidates"][0]
         chosen[pair["id"]] = {"id": other["id"], "trace": first["trace"], "tokens": first["tokens"]}
     return chosen
@@ -269,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--scorers", default="likelihood,embedding", help=f"which scores to compute, comma-separated, from {', '.join(SCORERS)} (default: %(default)s)")
     group.add_argument("--encoder", default="embedded", metavar="NAME", help="mean-pooled sentence encoder: 'embedded', a local folder or a hub name (default: %(default)s)")
     group.add_argument("--judge", metavar="NAME", help="model that judges: a local folder, a hub name or openai:NAME (default: the reconstructor)")
-    group.add_argument("--max-action-tokens", type=positive_int, default=32, help="tokens in a reconstruction, at most (default: %(default)s)")
+    group.add_argument("--max-action-tokens", type=positive_int, default=24, help="tokens in a reconstruction, at most (default: %(default)s)")
     group.add_argument("--batch", type=positive_int, default=16, help="pairs reconstructed at once (default: %(default)s)")
     group.add_argument("--keep-token-logprobs", action="store_true", help="write RUN/token_logprobs.jsonl as well")
     args = parser.parse_args(argv)
@@ -278,6 +287,8 @@ def main(argv: list[str] | None = None) -> None:
         stop(f"--scorers: unknown scorer {unknown[0]!r}; choose from {', '.join(SCORERS)}")
     if args.keep_token_logprobs and "likelihood" not in scorers:
         stop("--keep-token-logprobs needs the scorer likelihood")
+    if args.judge and "judge" not in scorers:
+        stop("--judge names a judge, but --scorers does not ask for one; add judge to --scorers")
 
     started = begin_run(args.run)
     sources, output = (args.run / "pairs.jsonl", args.run / "candidates.jsonl"), args.run / "scores.jsonl"
@@ -289,30 +300,48 @@ def main(argv: list[str] | None = None) -> None:
         stop(f"{sources[1]}: id {foreign!r} is not in {sources[0]}; run 02_sample_candidates.py --overwrite")
     work = [pair for name, pair in pairs.items() if name in found][:args.limit]
     prompts = [*SCORING_PROMPTS, *(["judge"] if "judge" in scorers else [])]
-    record = made_with(args, sources, prompts)
+    remote = bool(args.judge) and args.judge.startswith("openai:")
+    record = made_with(args, sources, prompts, ignore=("seed", "keep_token_logprobs"), **({"server": os.environ.get("OPENAI_BASE_URL")} if remote else {}))
     keys, expected = ("id", "candidates", "baseline"), [pair["id"] for pair in work]
     done = finished_rows(output, record, args.overwrite, keys, expected)
+    kept = finished_rows(side, record, args.overwrite or not done, ("id", "baseline", "candidates"), expected) if args.keep_token_logprobs else {}
+    if args.keep_token_logprobs and (lost := next((name for name in done if name not in kept), None)):
+        stop(f"{side} lacks the log-probs of {lost}, which {output} holds already; pass --overwrite")
     summary = args.run / "scores.summary.json"
-    if work and len(done) == len(work) and summary.exists():
+    if done and summary.exists() and len(done) + len(json.loads(summary.read_text(encoding="utf-8"))["left_out"]) == len(work):
         print(f"03_reconstruct_score: {output} is already made ({len(done)} rows)")
         return
+
     model, tokenizer = load_model(args.model, args.four_bit)
     encoder = load_encoder(args.encoder)
-    judge = load_judge(None if args.judge == args.model else args.judge, model, tokenizer, args.four_bit) if "judge" in scorers else None
+    judge = judging = None                                    # judging: a local judge's model and tokenizer
+    if remote:
+        judge = partial(judge_remotely, args.judge.removeprefix("openai:"))
+    elif "judge" in scorers:
+        judging = (model, tokenizer) if args.judge in (None, args.model) else load_model(args.judge, args.four_bit)
+        judge = local_judge(*judging)
+    controls = choose_controls(work, [pair for name, pair in pairs.items() if name in found], found)
+    fitting, left_out = [], []
+    for pair in work:
+        traces = [candidate["trace"] for candidate in found[pair["id"]]["candidates"]]
+        longest = max(len(encode_data(tokenizer, trace)) for trace in (*traces, controls[pair["id"]]["trace"]))
+        action = max(len(encode_data(tokenizer, pair["action"])), args.max_action_tokens)
+        rooms = [room_in_window(model, tokenizer, "reconstruction", longest + action)]
+        if judging:                                           # a guess, its number, and room for the answer
+            rooms.append(room_in_window(*judging, "judge", action + len(traces) * (args.max_action_tokens + 8) + 16))
+        shorter = cut_context(tokenizer, pair, min(rooms))
+        if shorter:
+            fitting.append(shorter)
+        else:
+            left_out.append(pair["id"])
+            print(f"left out: pair {pair['id']}, whose action, traces and last turn do not fit the model's window together")
+
     summary.unlink(missing_ok=True)
     begin_output(output, record, args.overwrite)
     if args.keep_token_logprobs:
-        kept = finished_rows(side, record, args.overwrite or not done, ("id", "baseline", "candidates"), expected)
         begin_output(side, record, args.overwrite or not done)
-
-    controls, window = choose_controls(work, found), model.config.max_position_embeddings
-    fitting = []
-    for pair in work:
-        traces = [candidate["trace"] for candidate in (*found[pair["id"]]["candidates"], controls[pair["id"]])]
-        if (shorter := cut_context(tokenizer, pair, room_for_context(tokenizer, window, pair["action"], traces, args.max_action_tokens))):
-            fitting.append(shorter)
-        else:
-            print(f"left out: pair {pair['id']}, whose action, traces and last turn do not fit the model's window of {window} tokens together")
+    elif args.overwrite:
+        discard(side)
     tokens = 0
     for batch in progress(batches_by_length(fitting, lambda pair: len(tokenizer.encode(show_context(pair))), args.batch), "reconstructing and scoring"):
         if all(pair["id"] in done for pair in batch):
@@ -328,7 +357,7 @@ def main(argv: list[str] | None = None) -> None:
     scored = finished_rows(output, record, False, keys, expected)
     some = [pair for pair in fitting[:8] if "judge" in scorers]
     movement = judge_movement(judge, some, [scored[pair["id"]] for pair in some]) if some else None
-    measured = summarise(list(scored.values()), {name: pair["conversation"] for name, pair in pairs.items()}, movement)
+    measured = summarise(list(scored.values()), {name: pair["conversation"] for name, pair in pairs.items()}, movement, left_out)
     write_text(summary, json.dumps(measured, indent=1) + "\n")
     print_summary(measured)
     closing_line("03_reconstruct_score", len(work), len(scored), len(done), started, tokens)

@@ -44,14 +44,23 @@ def choose_trace(arm: str, row: Row, score: str) -> Row:
         k = 0
     else:
         scored = [k for k, candidate in enumerate(candidates) if candidate["scores"].get(score) is not None]
-        if not scored:
-            stop(f"pair {row['id']} has no candidate with the score {score!r}; run 03_reconstruct_score.py with that scorer")
         least = min(given_away(candidates[k]) for k in scored)                          # 0 if any passed the guard
         honest = [k for k in scored if given_away(candidates[k]) == least]
         worth = {"longest": lambda k: candidates[k]["tokens"], "worst": lambda k: -candidates[k]["scores"][score]}
         k = max(honest, key=worth.get(arm, lambda k: candidates[k]["scores"][score]))
     chosen = candidates[k]
     return {"id": row["id"], "trace": chosen["trace"], "k": k, "score": chosen["scores"].get(score), "leak": chosen["leak"], "stopped": chosen["stopped"]}
+
+
+def rows_with_score(rows: Sequence[Row], score: str) -> list[Row]:
+    """The rows of which a candidate has the score. A judge's answer may be missing; such a pair is left out of every arm,
+    so that all learn from the same pairs. Stops if no row is left."""
+    whole = [row for row in rows if any(candidate["scores"].get(score) is not None for candidate in row["candidates"])]
+    if not whole:
+        stop(f"no training pair has the score {score!r}; run 03_reconstruct_score.py --overwrite with that scorer")
+    if len(whole) < len(rows):
+        print(f"left out: {len(rows) - len(whole)} of {len(rows)} pairs, which have no score {score!r}")
+    return whole
 
 
 def choose_traces(arm: str, rows: Sequence[Row], score: str, seed: int) -> list[Row]:
@@ -144,6 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = [row for row in scored if row["id"] in pairs and pairs[row["id"]]["split"] == "train"][:args.limit]
     if not rows:
         stop(f"{sources[1]} holds no pair of the train split; run 01_prepare.py with more pairs, then stages 2 and 3")
+    rows = rows_with_score(rows, args.score)
     model = tokenizer = None
     tokens = made = 0
     for arm in arms:

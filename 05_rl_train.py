@@ -287,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--leak-penalty", type=positive_float, default=2.0, help="reward that a fully leaking trace loses (default: %(default)s)")
     group.add_argument("--encoder", default="embedded", metavar="NAME", help="sentence encoder that rewards e2e and guards recon (default: %(default)s)")
     group = parser.add_argument_group("GRPO")
-    group.add_argument("--steps", type=positive_int, default=3, help="optimizer steps; a real run takes 100 and more (default: %(default)s)")
+    group.add_argument("--steps", type=positive_int, default=2, help="optimizer steps; a real run takes 100 and more (default: %(default)s)")
     group.add_argument("--prompts", type=positive_int, default=4, help="prompts a step (default: %(default)s)")
     group.add_argument("--group", type=positive_int, default=4, help="completions a prompt (default: %(default)s)")
     group.add_argument("--max-new-tokens", type=positive_int, help="tokens in a completion, at most (default: 40 for recon, 72 for e2e)")

@@ -240,12 +240,12 @@ function show() {
   if (example.candidates.length) {
     box.append(make("h3", "Candidate traces (written with the action in view) and their scores"));
     box.append(make("p", "likelihood: how much likelier the trace makes the action, nats a token; unsaid: the same without the words that the trace "
-      + "gives away; embedding: cosine of reconstruction and action; leak: share of the action's 4-grams in the trace, red if the leak guard stopped it.", "note"));
+      + "gives away; embedding: cosine of reconstruction and action; leak: share of the action's 4-grams in the trace, red if the leak guard stopped it; reworded: how near the trace comes to the action in other words; judge: 0 to 9.", "note"));
     const scores = Object.keys(example.candidates[0].scores ?? {});
     const lines = example.candidates.map(c => [c.trace, c.reconstruction ?? "", ...scores.map(s => fixed(c.scores[s])),
-      {text: percent(c.leak), name: c.stopped ? "leak" : ""}]);
-    lines.push(["(no trace)", example.baseline.reconstruction ?? "", ...scores.map(s => fixed(example.baseline[s])), ""]);
-    box.append(table(["trace", "reconstruction", ...scores, "leak"], lines, [0, 1]));
+      {text: percent(c.leak), name: c.stopped ? "leak" : ""}, fixed(c.reworded, 2)]);
+    lines.push(["(no trace)", example.baseline.reconstruction ?? "", ...scores.map(s => fixed(example.baseline[s])), "", ""]);
+    box.append(table(["trace", "reconstruction", ...scores, "leak", "reworded"], lines, [0, 1]));
   }
   box.append(make("p", `${example.id} · modelled person ${example.user}`, "note"));
 }

@@ -978,6 +978,14 @@ def bootstrap_interval(points: Sequence[float], clusters: Sequence[str], seed: i
 ASPECTS = ("style", "intent", "values")
 
 
+def digit_tokens(tokenizer: Any) -> list[int]:
+    """Token ids of the digits 0 to 9; a tokenizer that does not write each as one token cannot serve the judge, and stops."""
+    digits = [tokenizer.encode(str(digit), add_special_tokens=False) for digit in range(10)]
+    if any(len(ids) != 1 for ids in digits):
+        stop("the judge's tokenizer does not write the digits 0 to 9 as single tokens; choose another --judge")
+    return [ids[0] for ids in digits]
+
+
 @torch.inference_mode()
 def judge_locally(model: Any, tokenizer: Any, context: str, action: str, guesses: Sequence[str]) -> list[dict[str, float]]:
     """Ratings {aspect: 0 to 9} of each guess, in one forward that sees the action and all guesses.
@@ -986,13 +994,11 @@ def judge_locally(model: Any, tokenizer: Any, context: str, action: str, guesses
     no parsing, has no ties, and is never missing. All the answers' beginnings, one a guess and aspect, share the prompt.
     The JSON has no spaces, so that the digit is the very next token.
     """
-    digits = [tokenizer.encode(str(digit), add_special_tokens=False) for digit in range(10)]
-    if any(len(ids) != 1 for ids in digits):
-        stop("the judge's tokenizer does not write the digits 0 to 9 as single tokens; choose another --judge")
+    digits = digit_tokens(tokenizer)
     prompt = sum(encode_prompt(tokenizer, "judge", context=context, action=action, guesses=list_guesses(guesses)), [])
     asked = [tokenizer.encode(f'{{"{number}":{{"{aspect}":', add_special_tokens=False) for number in range(1, len(guesses) + 1) for aspect in ASPECTS]
-    logits, rows = packed_logits(model, prompt, [[*ids, *digits[0]] for ids in asked], [len(ids) for ids in asked])
-    chance = logits[torch.cat(rows)][:, [ids[0] for ids in digits]].softmax(-1)      # [guesses * aspects, 10]
+    logits, rows = packed_logits(model, prompt, [[*ids, digits[0]] for ids in asked], [len(ids) for ids in asked])
+    chance = logits[torch.cat(rows)][:, digits].softmax(-1)      # [guesses * aspects, 10]
     expected = (chance @ torch.arange(10.0, device=chance.device)).view(len(guesses), len(ASPECTS)).tolist()
     return [dict(zip(ASPECTS, row)) for row in expected]
 
@@ -1027,7 +1033,10 @@ def ask_server(name: str, messages: Sequence[Row], max_tokens: int, waits: Seque
     base = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1").rstrip("/")
     if not base.startswith(("http://", "https://")):
         stop(f"OPENAI_BASE_URL={base} must start with http:// or https://")
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
+    key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
+    if not (key.isascii() and key.isprintable()):
+        stop("OPENAI_API_KEY holds characters that a key cannot hold; set it anew")
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     body = json.dumps({"model": name, "messages": list(messages), "max_tokens": max_tokens, "temperature": 0}).encode()
     problem = ""
     for wait in (*waits, None):
@@ -1038,7 +1047,8 @@ def ask_server(name: str, messages: Sequence[Row], max_tokens: int, waits: Seque
         except urllib.error.HTTPError as error:
             problem = f"HTTP {error.code} {error.reason}"
             if error.code != 429 and error.code < 500:
-                stop(f"{base} refused the request for model {name}: {problem}; check OPENAI_BASE_URL, OPENAI_API_KEY and the name")
+                said = " ".join(error.read(300).decode("utf-8", "replace").split())
+                stop(f"{base} refused the request for model {name}: {problem} {said}; check OPENAI_BASE_URL, OPENAI_API_KEY and the name")
         except (OSError, ValueError, LookupError, TypeError, AttributeError, http.client.HTTPException) as error:
             problem = f"{type(error).__name__}: {first_line(error)}"
         if wait is not None:

@@ -38,7 +38,7 @@ N, DATA = 4, Path(__file__).resolve().parent.parent / "tests" / "data"
 
 def score_all(model: Any, tokenizer: Any, encoder: Any, pairs: list[dict], candidates: list[list[dict]], what: str) -> tuple[list[dict], list[dict]]:
     """scores.jsonl rows and token log-probs by stage 3's own function, all scorers, a few pairs at a time."""
-    judge = scoring.load_judge(None, model, tokenizer, None)
+    judge = scoring.local_judge(model, tokenizer)
     rows, logprobs = [], []
     work = list(zip(pairs, ({"id": pair["id"], "candidates": some} for pair, some in zip(pairs, candidates))))
     for start in common.progress(range(0, len(work), 8), what):

@@ -142,11 +142,40 @@ def test_kept_log_probs_give_the_likelihood_again_and_survive_a_restart(tiny_fol
     assert (tmp_path / "scores.jsonl").read_bytes() == whole and (tmp_path / "token_logprobs.jsonl").read_bytes() == kept
 
 
+def test_log_probs_asked_for_too_late_and_a_judge_nobody_asked_for_are_refused(tiny_folder, tmp_path, stage, capsys):
+    write_run(tmp_path, [make_pair(f"c{number}/1") for number in range(3)])
+    score(stage, tmp_path, tiny_folder, "--scorers", "likelihood")
+    before = (tmp_path / "scores.jsonl").read_bytes()
+    for options, words in ((("--scorers", "likelihood", "--keep-token-logprobs"), "lacks the log-probs"), (("--scorers", "likelihood", "--judge", "openai:x"), "add judge to --scorers"),
+                           (("--scorers", "embedding", "--keep-token-logprobs"), "needs the scorer likelihood")):
+        with pytest.raises(SystemExit):
+            score(stage, tmp_path, tiny_folder, *options)
+        assert words in capsys.readouterr().err
+    assert (tmp_path / "scores.jsonl").read_bytes() == before
+
+
+def test_a_finished_stage_with_a_pair_left_out_is_not_done_again(tiny_folder, tmp_path, stage, capsys):
+    pairs = [make_pair(f"c{number}/1") for number in range(3)]
+    pairs[1]["action"] = "long " * 2100
+    write_run(tmp_path, pairs)
+    score(stage, tmp_path, tiny_folder, "--scorers", "likelihood")
+    capsys.readouterr()
+    score(stage, tmp_path, tiny_folder, "--scorers", "likelihood")
+    assert "already made (2 rows)" in capsys.readouterr().out
+
+
+def test_a_run_of_one_pair_is_told_that_controls_need_another(tiny_folder, tmp_path, stage, capsys):
+    write_run(tmp_path, [make_pair()])
+    with pytest.raises(SystemExit):
+        score(stage, tmp_path, tiny_folder, "--scorers", "likelihood")
+    assert "another pair" in capsys.readouterr().err and not (tmp_path / "scores.jsonl").exists()
+
+
 def test_controls_are_traces_of_other_conversations(stage):
     pairs = [make_pair(f"c{number // 2}/{number}") for number in range(8)]
     found = {pair["id"]: {"candidates": [{"trace": pair["id"], "tokens": 3}]} for pair in pairs}
     conversation = {pair["id"]: pair["conversation"] for pair in pairs}
-    for name, control in stage("03_reconstruct_score").choose_controls(pairs, found).items():
+    for name, control in stage("03_reconstruct_score").choose_controls(pairs[:5], pairs, found).items():
         assert conversation[control["id"]] != conversation[name] and control["trace"] == control["id"]
 
 

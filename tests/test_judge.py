@@ -106,7 +106,7 @@ def test_the_judge_takes_two_n_plus_one_model_calls_a_pair(tiny, stage, monkeypa
         calls.clear()
         found = sampling.sample_traces(model, tokenizer, pairs, n, 5, 1.0, 0.1, "seed")
         rows = [{"id": pair["id"], "candidates": some} for pair, some in zip(pairs, found)]
-        judge = scoring.load_judge(None, model, tokenizer, None)
+        judge = scoring.local_judge(model, tokenizer)
         scored, _ = scoring.score_pairs(model, tokenizer, common.load_encoder(), judge, pairs, rows, [{"id": "x", "trace": "y", "tokens": 1}] * 3, ["judge"], 5)
         assert sum(count for _, count in calls) == len(pairs) * (2 * n + 1), calls
         told = scoring.summarise(scored, {pair["id"]: pair["conversation"] for pair in pairs}, None)["calls"]

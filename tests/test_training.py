@@ -41,8 +41,10 @@ def test_a_leaking_trace_is_chosen_only_if_all_leak_and_then_the_least(sft):
 def test_a_missing_score_is_never_taken_for_zero(sft, capsys):
     row = scored_row([-0.5, None, -0.7])
     assert sft.choose_trace("recon", row, "unsaid")["k"] == 0
+    rows = [row, scored_row([None, None], name="c/2")]
+    assert sft.rows_with_score(rows, "unsaid") == rows[:1] and "left out: 1 of 2" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        sft.choose_trace("recon", scored_row([None, None]), "unsaid")
+        sft.rows_with_score(rows[1:], "unsaid")
     assert "03_reconstruct_score.py" in capsys.readouterr().err
 
 
