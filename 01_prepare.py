@@ -186,7 +186,7 @@ def choose_pairs(pairs: list[Row], users: list[str], limit: int | None, shares: 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = stage_arguments(__doc__, default_limit=48)
+    parser = stage_arguments(__doc__, default_limit=44)
     group = parser.add_argument_group("where the conversations come from, and whose actions are modelled")
     group.add_argument("--source", default="chitchat", help="chitchat, turns:FILE or hub:NAME (default: %(default)s)")
     group.add_argument("--user", action="append", metavar="ID", help="model this person (may be repeated; default: the two with most replies)")
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--max-action-tokens", type=positive_int, default=32, help="tokens in an action, at most (default: %(default)s)")
     group = parser.add_argument_group("splits, as shares of each person's conversations (and of the pairs under --limit)")
     group.add_argument("--val-share", type=fraction, default=0.1, help="share of validation (default: %(default)s)")
-    group.add_argument("--test-share", type=fraction, default=0.5, help="share of test (default: %(default)s)")
+    group.add_argument("--test-share", type=fraction, default=0.55, help="share of test (default: %(default)s)")
     args = parser.parse_args(argv)
     if not (args.val_share > 0 and args.test_share > 0 and args.val_share + args.test_share < 1):
         stop("--val-share and --test-share must be positive and leave something for train")
