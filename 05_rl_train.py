@@ -288,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--encoder", default="embedded", metavar="NAME", help="sentence encoder that rewards e2e and guards recon (default: %(default)s)")
     group = parser.add_argument_group("GRPO")
     group.add_argument("--steps", type=positive_int, default=2, help="optimizer steps; a real run takes 100 and more (default: %(default)s)")
-    group.add_argument("--prompts", type=positive_int, default=4, help="prompts a step (default: %(default)s)")
+    group.add_argument("--prompts", type=positive_int, default=2, help="prompts a step; a real run takes 8 and more (default: %(default)s)")
     group.add_argument("--group", type=positive_int, default=4, help="completions a prompt (default: %(default)s)")
     group.add_argument("--max-new-tokens", type=positive_int, help="tokens in a completion, at most (default: 40 for recon, 72 for e2e)")
     group.add_argument("--temperature", type=positive_float, default=1.0, help="of sampling and of the policy that is updated (default: %(default)s)")
