@@ -158,7 +158,7 @@ def own_over_other(own: Sequence[float], other: Sequence[float]) -> list[float]:
     return [(a > b) + 0.5 * (a == b) for a in own for b in other]
 
 
-def auc(rows: Sequence[Row], conversations: dict[str, str], name: str, guarded: bool, seed: int = 0) -> Row | None:
+def auc(rows: Sequence[Row], conversations: dict[str, str], name: str, guarded: bool) -> Row | None:
     """Share of the comparisons within pairs that a pair's own trace wins against the control, with a 95 % interval by conversation.
 
     `guarded` leaves out stopped traces, own ones and controls.
@@ -172,7 +172,7 @@ def auc(rows: Sequence[Row], conversations: dict[str, str], name: str, guarded: 
         clusters += [conversations[row["id"]]] * len(compared)
     if not points:
         return None
-    return {"auc": sum(points) / len(points), "ci95": bootstrap_interval(points, clusters, seed), "comparisons": len(points)}
+    return {"auc": sum(points) / len(points), "ci95": bootstrap_interval(points, clusters, 0), "comparisons": len(points)}
 
 
 def measure_controls(rows: Sequence[Row], conversations: dict[str, str], name: str) -> Row:

@@ -41,7 +41,7 @@ def test_the_guard_catches_planted_leaks_and_lets_causes_pass(name, encoder):
         cause, leak = common.guard_traces(encoder, [item["cause"], item["leak"]], item["action"], context)
         caught.append(leak["stopped"])
         stopped.append(cause["stopped"])
-    assert sum(caught) / len(caught) >= 0.9 and sum(stopped) / len(stopped) <= 0.07
+    assert sum(caught) / len(caught) >= 0.95 and sum(stopped) / len(stopped) <= 0.05
 
 
 def test_words_in_other_forms_and_order_count_as_rewording_and_words_of_the_context_do_not():
