@@ -43,7 +43,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from common import (ASPECTS, SCORING_PROMPTS, Group, Row, append_rows, batches_by_length, begin_output, begin_run, bootstrap_interval, check_made_from,
+from common import (ASPECTS, Group, Row, append_rows, batches_by_length, begin_output, begin_run, bootstrap_interval, check_made_from,
                     clean_action, closing_line, cut_context, decode, digit_tokens, discard, embed, encode_data, encode_prompt, finished_rows, generate, guard_traces,
                     judge_locally, judge_remotely, likelihood_scores, load_encoder, load_model, made_with, positive_int, progress, read_candidates,
                     read_pairs, reconstruction_prompt, seed_of, show_context, stage_arguments, stop, write_text)
@@ -299,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
     if foreign := next((name for name in found if name not in pairs), None):
         stop(f"{sources[1]}: id {foreign!r} is not in {sources[0]}; run 02_sample_candidates.py --overwrite")
     work = [pair for name, pair in pairs.items() if name in found][:args.limit]
-    prompts = [*SCORING_PROMPTS, *(["judge"] if "judge" in scorers else [])]
+    prompts = ["reconstruction", "reconstruction_no_trace", "transcript", "transcript_no_trace", *(["judge"] if "judge" in scorers else [])]
     remote = bool(args.judge) and args.judge.startswith("openai:")
     record = made_with(args, sources, prompts, ignore=("seed", "keep_token_logprobs"), **({"server": os.environ.get("OPENAI_BASE_URL")} if remote else {}))
     keys, expected = ("id", "candidates", "baseline"), [pair["id"] for pair in work]

@@ -40,7 +40,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import (END_THINK, MIN_P, SCORING_PROMPTS, Group, Row, add_adapter, append_rows, batches_by_length, begin_output, begin_run, check_adapter,
+from common import (END_THINK, MIN_P, Group, Row, add_adapter, append_rows, batches_by_length, begin_output, begin_run, check_adapter,
                     check_made_from, check_record, clean_action, clip_gradients, closing_line, decode, discard, dump_row, embed,
                     finished_rows, generate, given_away, guard_traces, likelihood_scores, load_encoder, load_model, made_with, packed_logprobs, positive_float, positive_int, progress,
                     read_pairs, read_rows, replace_folder, save_adapter, seed_of, show_context, stage_arguments, stop,
@@ -324,7 +324,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Three outputs, three records: other settings of the fit must not cost a night of GRPO.
     fit, tracing, saving = ("epochs", "batch", "fit_lr"), ("retries", "trace_batch"), ("save_every", "init_adapter")
-    prompts = ["synthesis", *SCORING_PROMPTS] if args.objective == "recon" else ["user_model"]
+    prompts = ["synthesis", "transcript", "transcript_no_trace"] if args.objective == "recon" else ["user_model"]
     record = made_with(args, inputs, prompts, ignore=(*fit, *tracing, *saving))
     so_far = made_with(args, inputs, prompts, ignore=(*fit, *tracing, *saving, "steps"))
     target = args.run / "models" / ("synthesizer" if args.objective == "recon" else "e2e-grpo")

@@ -532,7 +532,7 @@ PROMPTS = {
         ("system", "You write the next message of a conversation in the voice of the person asked for."),
         ("user", "Conversation:\n{context}\n\nWrite only the next message that Sam sends."),
     ],
-    # The same question as plain text, for the likelihood alone: two wordings err in different ways (README, "Measured").
+    # The same question as plain text, for the likelihood: shorter than the chat prompt and no worse (README, "Measured").
     "transcript": [("text", "A chat between friends.\n\n{context}\n[{trace}]\nSam:")],
     "transcript_no_trace": [("text", "A chat between friends.\n\n{context}\nSam:")],
     # The judge sees the true action and all N reconstructions at once. It never sees a trace, so a trace cannot flatter it.
@@ -926,11 +926,7 @@ def unsaid_mask(tokenizer: Any, trace: str, action: str, context: str) -> list[b
     return [not any(start < e and s < end for s, e in spans) for start, end in offsets]
 
 
-READINGS = ("reconstruction", "transcript")
-SCORING_PROMPTS = tuple(f"{reading}{end}" for reading in READINGS for end in ("", "_no_trace"))
-
-
-def action_groups(tokenizer: Any, pair: Row, traces: Sequence[str | None], prompt: str = "reconstruction") -> tuple[Group, list[int]]:
+def action_group(tokenizer: Any, pair: Row, traces: Sequence[str | None], prompt: str = "transcript") -> tuple[Group, list[int]]:
     """A reconstruction prompt of each trace followed by the true action, and where the action starts in each suffix."""
     prefix, suffixes = reconstruction_prompt(tokenizer, show_context(pair), traces, prompt)
     action = encode_data(tokenizer, pair["action"])
@@ -939,9 +935,8 @@ def action_groups(tokenizer: Any, pair: Row, traces: Sequence[str | None], promp
 
 @torch.inference_mode()
 def likelihood_scores(model: Any, tokenizer: Any, pair: Row, traces: Sequence[str]) -> tuple[list[Row], list[list[float]]]:
-    """Score traces by how much likelier they make the true action, one packed forward a reading for all of them.
+    """Score traces by how much likelier they make the true action, one packed forward for all of them.
 
-    A token's log-prob is the mean over two wordings of the question (READINGS), so that no score hangs on one.
     Returns a dict per trace, in nats a token, each the mean over all action tokens of
     log p(token | context, trace) - log p(token | context):
       likelihood   every token counts
@@ -949,11 +944,8 @@ def likelihood_scores(model: Any, tokenizer: Any, pair: Row, traces: Sequence[st
     and the per-token log-probs: first without a trace, then one list a trace. Means, because a product over a long
     action collapses (VeriFree, RLPR and NOVER meet the same problem).
     """
-    readings = []
-    for prompt in READINGS:
-        group, starts = action_groups(tokenizer, pair, [None, *traces], prompt)
-        readings.append(torch.stack(packed_logprobs(model, [group], [starts])[0]))      # [1 + traces, action tokens]
-    logprobs = torch.stack(readings).mean(0)
+    group, starts = action_group(tokenizer, pair, [None, *traces])
+    logprobs = torch.stack(packed_logprobs(model, [group], [starts])[0])                # [1 + traces, action tokens]
     context, scores = show_context(pair), []
     for trace, row in zip(traces, logprobs[1:]):
         gain = row - logprobs[0]                                                        # [action tokens]

@@ -5,8 +5,8 @@
 
 Real pairs: 4 traces a pair by the synthesizer; does a pair's own trace score above a trace of another conversation's pair
 (AUC: the share of comparisons won, 4 x 4 a pair; 0.5 is noise; 95 % interval by conversation), with and without the traces that the leak
-guard stops? Beside the stage's scores stand aggregates of the same token log-probs: each wording of the question alone,
-the mean gain in probability (RLPR, arXiv 2506.18254) and the mean gain weighted by how much each token's log-prob varies
+guard stops? Beside the stage's scores stand the likelihood in the chat wording, the mean of both wordings, and aggregates of the
+stage's token log-probs: the mean gain in probability (RLPR, arXiv 2506.18254) and the mean gain weighted by how much each token's log-prob varies
 over the pair's traces (DRO, arXiv 2506.13351).
 
 Planted traces (tests/data): items with a cause, a justification that would fit many actions, and a leak; another item's
@@ -50,16 +50,15 @@ def score_all(model: Any, tokenizer: Any, encoder: Any, pairs: list[dict], candi
 
 
 def aggregates(model: Any, tokenizer: Any, pair: dict, traces: list[str], tokens: dict) -> list[dict[str, float]]:
-    """Further scores of each trace from token log-probs: each wording alone, RLPR's mean and DRO's weighting."""
-    both = torch.tensor([tokens["baseline"], *tokens["candidates"]])                    # [1 + traces, action tokens]
-    common.READINGS = ("reconstruction",)
-    first = torch.tensor(common.likelihood_scores(model, tokenizer, pair, traces)[1])
-    common.READINGS = ("reconstruction", "transcript")
+    """Further scores of each trace from token log-probs: the chat wording, both wordings, RLPR's mean and DRO's weighting."""
+    transcript = torch.tensor([tokens["baseline"], *tokens["candidates"]])              # [1 + traces, action tokens]
+    group, starts = common.action_group(tokenizer, pair, [None, *traces], "reconstruction")
+    chat = torch.stack(common.packed_logprobs(model, [group], [starts])[0]).cpu()
     gain = lambda table: table[1:] - table[0]
-    spread = both[1:1 + N].var(0)
+    spread = transcript[1:1 + N].var(0)
     weights = spread / spread.sum().clamp(min=1e-9)
-    columns = {"likelihood, first wording alone": gain(first).mean(1), "likelihood, second wording alone": gain(2 * both - first).mean(1),
-               "mean probability (RLPR)": gain(both.exp()).mean(1), "variance-weighted (DRO)": (gain(both) * weights).sum(1)}
+    columns = {"likelihood, chat wording": gain(chat).mean(1), "likelihood, both wordings": (gain(chat) + gain(transcript)).mean(1) / 2,
+               "mean probability (RLPR)": gain(transcript.exp()).mean(1), "variance-weighted (DRO)": (gain(transcript) * weights).sum(1)}
     return [{name: column[place].item() for name, column in columns.items()} for place in range(len(traces))]
 
 

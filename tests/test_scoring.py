@@ -57,17 +57,14 @@ def test_packed_gradients_equal_one_row_at_a_time(tiny, numbers):
         torch.testing.assert_close(packed[name], slow[name], atol=1e-4, rtol=1e-4, msg=name)
 
 
-def test_likelihood_score_equals_the_difference_of_plain_forwards_over_both_wordings(tiny):
+def test_likelihood_score_equals_the_difference_of_plain_forwards(tiny):
     model, tokenizer = tiny
     pair, traces = make_pair(), ["Ann feels tired.", "Sam wants to help with the weeds, which sounds like fun."]
     scores, logprobs = common.likelihood_scores(model, tokenizer, pair, traces)
     action, context = common.encode_data(tokenizer, pair["action"]), common.show_context(pair)
-    slow = []
+    prefix, suffixes = common.reconstruction_prompt(tokenizer, context, [None, *traces], "transcript")
     with torch.no_grad():
-        for prompt in ("reconstruction", "transcript"):
-            prefix, suffixes = common.reconstruction_prompt(tokenizer, context, [None, *traces], prompt)
-            slow.append(torch.stack([slow_logprobs(model, prefix + suffix, action) for suffix in suffixes]))
-    slow = (slow[0] + slow[1]) / 2
+        slow = torch.stack([slow_logprobs(model, prefix + suffix, action) for suffix in suffixes])
     torch.testing.assert_close(torch.tensor(logprobs), slow, atol=1e-4, rtol=0)
     for trace, row, score in zip(traces, slow[1:], scores):
         credit = torch.tensor(common.unsaid_mask(tokenizer, trace, pair["action"], context))
