@@ -21,6 +21,7 @@ of a pair's candidates were; then it is the one that gives least away.
 """
 
 import argparse
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,7 +116,8 @@ def fit_user_model(base: Any, examples: Sequence[Group], args: argparse.Namespac
             part.backward()
             loss += part.item()
             tokens += len(examples[place][0]) + len(examples[place][1][0])
-        clip_gradients(weights)
+        if not math.isfinite(clip_gradients(weights)):
+            stop(f"the gradient of {folder.name} is not finite; lower --fit-lr and start again (finished arms are kept)")
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()

@@ -1,13 +1,13 @@
 """Stage 5: GRPO with the reconstruction score as reward (Recon-GRPO), or with the action alone (E2E-GRPO).
 
     --objective recon   policy: the synthesizer M_r (sees context and action, writes a trace)
-                        reward: how well the trace lets the frozen base reconstruct the action
+                        reward: how well the trace lets the frozen base reconstruct the action (--reward, below)
                         then:   its traces for the train split, and the user model of arm recon-grpo
     --objective e2e     policy: the user model (sees the context, writes trace and action), from --init-adapter on
                         reward: cosine of its action and the true one
 
     in     RUN/pairs.jsonl; e2e: RUN/models/backward/ as well
-    out    RUN/rl.jsonl                          a line a step (both objectives)
+    out    RUN/rl.jsonl, RUN/rl.png              a line a step and the curves (both objectives)
            RUN/models/synthesizer/, RUN/traces/recon-grpo.jsonl, RUN/models/recon-grpo/
            RUN/models/e2e-grpo/
            RUN/rl/OBJECTIVE/                     the last checkpoint
@@ -16,145 +16,253 @@ How to run it:
 
     python 05_rl_train.py
     python 05_rl_train.py --objective e2e
-    python 05_rl_train.py --steps 100 --save-every 10      stopped and started again, it goes on from the last save
+    python 05_rl_train.py --steps 100 --prompts 4 --group 6 --save-every 10      stopped and started again, it goes on from the last save
 
-How it differs from textbook GRPO (arXiv 2402.03300): strictly on policy, one update a rollout, so there is no ratio
-to clip; no KL term and so no reference model; the advantage is reward minus group mean without the division by the
-standard deviation (--std-norm brings it back; arXiv 2503.20783); the loss is normalised over all completion tokens of
-the step. Policy and reward share one base: with the adapter off it is the reconstructor.
+The reward of recon. A policy that sees the action will learn to hand it over, so each reward closes one more way:
 
-Departures from the paper: its settings are not public. A trace may quote the action and would then be rewarded most,
-so the reward credits only what the trace did not say (`unsaid`), and one that the leak guard stops, for a quote or a
-rewording, always ranks below the honest ones of its group.
+    likelihood   the gain in likelihood minus a penalty on quoted 4-grams (naive, kept for comparison)
+    unsaid       credit only for what the trace did not say; a trace that the leak guard stops, that did not end, or that is
+                 not about Sam's mind in the third person falls below every honest one of its group
+    specific     the same, minus what the trace adds to another pair's action (so text that helps any action earns
+                 nothing) and minus a little for every bit of rewording (default)
+
+How it differs from textbook GRPO (arXiv 2402.03300): by default one update a rollout, so there is no ratio to clip
+(--updates brings both back), no KL term (--kl does), and the advantage is reward minus group mean without the division by
+the standard deviation (--std-norm; arXiv 2503.20783); the loss is normalised over all completion tokens of the step. Policy
+and reward share one base: with the adapter off it is the reconstructor. Gradient checkpointing is never on: groups go
+backward one at a time, and the worked examples that all prompts open with are read once a step.
+
+Departures from the paper: its settings and its reward's guards are not public; all of the above are ours.
 """
 
 import argparse
 import importlib
 import json
+import math
+import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import (END_THINK, MIN_P, Group, Row, add_adapter, append_rows, batches_by_length, begin_output, begin_run, check_adapter,
-                    check_made_from, check_record, clean_action, clip_gradients, closing_line, decode, discard, dump_row, embed,
-                    finished_rows, generate, given_away, guard_traces, likelihood_scores, load_encoder, load_model, made_with, packed_logprobs, positive_float, positive_int, progress,
-                    read_pairs, read_rows, replace_folder, save_adapter, seed_of, show_context, stage_arguments, stop,
-                    synthesis_prompt, user_prompt, write_text)
+from common import (END_THINK, MIN_P, Completion, Group, Row, add_adapter, append_rows, batches_by_length, begin_output, begin_run, check_adapter,
+                    check_made_from, check_record, clean_action, clip_gradients, closing_line, decode, discard, dump_row, embed, finished_rows, first_difference, fraction,
+                    generate, given_away, guard_traces, is_trace, leak_share, likelihood_scores, load_encoder, load_model, made_with, packed_logits,
+                    positive_float, positive_int, progress, read_pairs, read_prefix, read_rows, record_of, replace_folder, save_adapter, seed_of, show_context,
+                    stage_arguments, stop, synthesis_prompt, user_prompt, write_text)
 
 sample_candidates = importlib.import_module("02_sample_candidates")
 select_sft = importlib.import_module("04_select_sft")
 
-Scored = tuple[list[list[float]], list[list[float]], list[list[float]]]  # rewards, scores, how much is given away: [pair][completion]
+Completions = list[list[Completion]]                         # [pair][completion]
+MEASURED = ("reward", "score", "other", "leak", "leak_1", "reworded", "stopped", "malformed")
 
 
 # ------------------------------------------------------------------------------------------------
-# Rewards: one list a group (the completions of one prompt)
+# Rewards: a row {MEASURED, fault} for every completion of every pair. None is missing or not measured, never taken for 0.
 
 
-def gate_leaks(scores: Sequence[float], leaks: Sequence[float], penalty: float) -> list[float]:
-    """Rewards of one group: an honest trace keeps its score, a leaking one falls below every honest one of the group.
+def finite(value: float) -> float | None:
+    """The value, or None for a NaN or an infinity."""
+    return value if math.isfinite(value) else None
 
-    gate_leaks([0.2, 3.0, -0.1], [0, 0.5, 0], penalty=2) is [0.2, -1.1, -0.1]: the floor -0.1 minus 2 * 0.5.
+
+def gate(rewards: Sequence[float | None], faults: Sequence[float], penalty: float) -> list[float | None]:
+    """Rewards of one group: an honest trace keeps its own, a faulty one falls below every honest one of the group.
+
+    gate([0.2, 3.0, -0.1], [0, 0.5, 0], penalty=2) is [0.2, -1.1, -0.1]: the floor -0.1 minus 2 * 0.5.
     """
-    floor = min([0.0, *(score for score, leak in zip(scores, leaks) if leak == 0)])
-    return [score if leak == 0 else floor - penalty * leak for score, leak in zip(scores, leaks)]
+    floor = min([0.0, *(reward for reward, fault in zip(rewards, faults) if fault == 0 and reward is not None)])
+    return [reward if fault == 0 or reward is None else floor - penalty * fault for reward, fault in zip(rewards, faults)]
 
 
-def reward_recon(model: Any, tokenizer: Any, encoder: Any, pairs: Sequence[Row], texts: Sequence[Sequence[str]], args: argparse.Namespace) -> Scored:
-    """Rewards, scores and leaks of traces [pair][trace]; the frozen base scores them, the adapter switched off."""
-    scores, leaks = [], []
+def gate_rows(rows: Sequence[Row], penalty: float) -> None:
+    """Put gate's rewards of one group into its rows."""
+    for row, reward in zip(rows, gate([row["reward"] for row in rows], [row["fault"] for row in rows], penalty)):
+        row["reward"] = reward
+
+
+def rate_recon(model: Any, tokenizer: Any, encoder: Any, pairs: Sequence[Row], others: Sequence[Row], completions: Completions, args: argparse.Namespace) -> list[list[Row]]:
+    """Rate traces of `pairs` by what they add to the pair's action (`score`) and to the action of another pair (`other`).
+
+    Both are `unsaid` scores, whatever is rewarded, by the frozen base, the adapter switched off. A `fault` above 0 is for
+    `gate`: what a stopped trace gives away, 0.5 for one without a trace's form; no fault is seen by the naive reward.
+    """
+    rated = []
     with model.disable_adapter():
-        for pair, traces in zip(pairs, texts):
-            scores.append([row[args.score] for row in likelihood_scores(model, tokenizer, pair, traces)[0]])
-            leaks.append([given_away(found) for found in guard_traces(encoder, traces, pair["action"], show_context(pair))])
-    return [gate_leaks(*group, args.leak_penalty) for group in zip(scores, leaks)], scores, leaks
+        for pair, foreign, group in zip(pairs, others, completions):
+            traces, context = [decode(tokenizer, completion) for completion in group], show_context(pair)
+            own, elsewhere = (likelihood_scores(model, tokenizer, some, traces)[0] for some in (pair, foreign))
+            rows = guard_traces(encoder, traces, pair["action"], context)
+            for row, trace, completion, here, there in zip(rows, traces, group, own, elsewhere):
+                row |= {"leak_1": leak_share(trace, pair["action"], context, 1), "malformed": not (completion.finished and is_trace(trace))}
+                rewards = {"likelihood": here["likelihood"] - args.leak_penalty * row["leak"], "unsaid": here["unsaid"],
+                           "specific": here["unsaid"] - there["unsaid"] - args.reword_penalty * row["reworded"]}
+                row |= {"reward": finite(rewards[args.reward]), "score": finite(here["unsaid"]), "other": finite(there["unsaid"])}
+                row["fault"] = 0.0 if args.reward == "likelihood" else max(given_away(row), 0.5 * row["malformed"])
+            rated.append(rows)
+    return rated
 
 
-def reward_e2e(model: Any, tokenizer: Any, encoder: Any, pairs: Sequence[Row], texts: Sequence[Sequence[str]], args: argparse.Namespace) -> Scored:
-    """Rewards, the same as scores, zeros: cosine of the action behind the think block and the true one; -1 without one."""
-    scores = []
-    for pair, group in zip(pairs, texts):
-        actions = [clean_action(text.partition(END_THINK.strip())[2]) for text in group]
-        true, *vectors = embed(encoder, [pair["action"], *actions])
-        scores.append([(true @ vector).item() if action else -1.0 for action, vector in zip(actions, vectors)])
-    return scores, scores, [[0.0] * len(group) for group in texts]
+def rate_e2e(model: Any, tokenizer: Any, encoder: Any, pairs: Sequence[Row], others: Sequence[Row], completions: Completions, args: argparse.Namespace) -> list[list[Row]]:
+    """Rate completions by the cosine of the action behind the think block and the true one, -1 without an action."""
+    rated = []
+    for pair, foreign, group in zip(pairs, others, completions):
+        actions = [clean_action(decode(tokenizer, completion).partition(END_THINK.strip())[2]) for completion in group]
+        true, elsewhere, *vectors = embed(encoder, [pair["action"], foreign["action"], *actions])
+        rows = []
+        for action, vector in zip(actions, vectors):
+            score = (true @ vector).item() if action else -1.0
+            rows.append({**dict.fromkeys(MEASURED), "reward": score, "score": score, "other": (elsewhere @ vector).item() if action else -1.0,
+                         "malformed": not action, "fault": 0.0})
+        rated.append(rows)
+    return rated
+
+
+def other_pairs(pairs: Sequence[Row], pool: Sequence[Row], *seed: object) -> list[Row]:
+    """For each pair another one of `pool`, of another conversation where there is one: its action is what a trace should not fit."""
+    chosen = []
+    for pair in pairs:
+        others = [other for other in pool if other["id"] != pair["id"]]
+        others = [other for other in others if other["conversation"] != pair["conversation"]] or others or [pair]
+        chosen.append(random.Random(seed_of("other", *seed, pair["id"])).choice(others))
+    return chosen
 
 
 # ------------------------------------------------------------------------------------------------
 # GRPO: rollout, advantages, update
 
 
-def rollout(model: Any, tokenizer: Any, prompts: Sequence[list[int]], pairs: Sequence[Row], step: int,
-            args: argparse.Namespace) -> tuple[list[Group], list[list[str]]]:
-    """Sample a group of completions for each prompt: (the groups of token ids, their texts).
+def rollout(model: Any, tokenizer: Any, prompts: Sequence[list[int]], seeds: Sequence[int], group: int, args: argparse.Namespace) -> Completions:
+    """A group of completions for each prompt, sampled from the policy, or greedy without `seeds`. Each has at least one token."""
+    done = generate(model, tokenizer, [(prompt[:-1], [prompt[-1:]] * group) for prompt in prompts], args.max_new_tokens, seeds, args.temperature if seeds else 0.0)
+    return [done[at:at + group] for at in range(0, len(done), group)]
 
-    The end token belongs to a completion that ended by itself: the policy chose it and must be credited for it.
-    No completion is empty: sampling yields at least one token or the end token.
-    """
-    seeds = [seed_of(args.seed, "05", args.objective, step, pair["id"], k) for pair in pairs for k in range(args.group)]
-    done = generate(model, tokenizer, [(prompt[:-1], [prompt[-1:]] * args.group) for prompt in prompts], args.max_new_tokens, seeds, args.temperature)
-    ids = [completion.ids + ([] if completion.end is None else [completion.end]) for completion in done]
-    texts = [decode(tokenizer, completion) for completion in done]
-    cut = range(0, len(done), args.group)
-    return [(prompt, ids[at:at + args.group]) for prompt, at in zip(prompts, cut)], [texts[at:at + args.group] for at in cut]
+
+def tokens_of(completion: Completion) -> list[int]:
+    """Its ids with the end token, if it ended by one: the policy chose that too and must be credited for it."""
+    return completion.ids + ([] if completion.end is None else [completion.end])
 
 
 def group_advantages(rewards: Sequence[float], std_norm: bool) -> list[float]:
-    """Reward minus the mean of its group, divided by the group's standard deviation if `std_norm`; 0 if all are equal."""
+    """Reward minus the mean of its group, over its standard deviation if `std_norm` (plus 1e-4, as in TRL); 0 if all are equal."""
     mean = sum(rewards) / len(rewards)
     centred = [reward - mean for reward in rewards]
     std = (sum(value * value for value in centred) / max(len(centred) - 1, 1)) ** 0.5
     if std < 1e-6:
         return [0.0] * len(rewards)
-    return [value / std for value in centred] if std_norm else centred
+    return [value / (std + 1e-4) for value in centred] if std_norm else centred
 
 
-def policy_loss(model: Any, group: Group, advantages: Sequence[float], total_tokens: int, temperature: float) -> tuple[torch.Tensor, float]:
-    """GRPO's loss of one group, and the sum of -log p over its tokens (for an estimate of the entropy).
+def policy_logprobs(model: Any, group: Group, temperature: float, past: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log p, entropy of the policy) at each token of a group's completions, one after the other: both [tokens], float32.
 
-    The ratio p / stop_gradient(p) is 1, so the loss itself is near 0; its gradient is that of -advantage * log p,
-    summed over the completions' tokens and divided by `total_tokens` of the whole step.
+    `past` are keys and values of the first tokens of the prompt (see common.read_prefix). Only log p is differentiable.
     """
-    logprobs = packed_logprobs(model, [group], temperature=temperature)[0]
-    loss = -sum(advantage * (row - row.detach()).exp().sum() for advantage, row in zip(advantages, logprobs)) / total_tokens
-    return loss, -sum(row.detach().sum().item() for row in logprobs)
+    logits, rows = packed_logits(model, *group, past=past)
+    logits = logits / temperature                                                       # [places, vocabulary]
+    normaliser, at = logits.logsumexp(-1), torch.cat(rows)
+    logprobs = logits[at, torch.tensor(sum(group[1], []), device=logits.device)] - normaliser[at]
+    with torch.no_grad():
+        entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
+    return logprobs, entropy[at]
+
+
+def policy_loss(logprobs: torch.Tensor, old: torch.Tensor, reference: torch.Tensor | None, advantages: torch.Tensor, clip: float, kl: float) -> torch.Tensor:
+    """GRPO's loss of each token; all arguments and the result are [tokens].
+
+    The ratio p / p_old is clipped to 1 ± clip where that lowers the objective. On policy it is 1 and the loss is minus the
+    advantage: near 0 in the sum, but its gradient is that of -advantage * log p. The KL term is the estimator
+    exp(q) - q - 1 with q = log p_reference - log p, as in GRPO's paper.
+    """
+    ratio = (logprobs - old).exp()
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    if reference is not None:
+        gap = reference - logprobs
+        loss = loss + kl * (gap.exp() - gap - 1)
+    return loss
+
+
+@contextmanager
+def reference_policy(model: Any):
+    """The policy as it was before training: the base alone, or the adapter that training continues from."""
+    if "reference" not in model.peft_config:
+        with model.disable_adapter():
+            yield
+        return
+    model.set_adapter("reference")
+    try:
+        yield
+    finally:
+        model.set_adapter("default")
 
 
 def update(model: Any, optimizer: torch.optim.Optimizer, groups: Sequence[Group], advantages: Sequence[Sequence[float]], args: argparse.Namespace) -> Row:
-    """One optimizer step over the groups whose rewards differ; returns the measurements of the step."""
+    """args.updates optimizer steps over the groups whose rewards differ (with a KL term, all); returns the last one's measurements.
+
+    Groups go backward one at a time, longest first, so memory is that of one group. What their prompts have in common is
+    read once: its keys and values collect the gradients of all groups, then pass them on in one backward. A loss or a
+    gradient that is not finite is not applied, ends the updates of this rollout and is reported as `nonfinite`.
+    """
     weights = [weight for parameters in optimizer.param_groups for weight in parameters["params"]]
     before = [weight.detach().clone() for weight in weights]
+    useful = [place for place, some in enumerate(advantages) if any(some) or (args.kl and some)]
+    useful.sort(key=lambda place: len(groups[place][0]) + sum(map(len, groups[place][1])), reverse=True)
     total = sum(len(ids) for _, completions in groups for ids in completions)
-    useful = [place for place, group in enumerate(advantages) if any(group)]
-    surprise = counted = 0.0
-    for place in useful:
-        loss, nats = policy_loss(model, groups[place], advantages[place], total, args.temperature)
-        loss.backward()
-        surprise, counted = surprise + nats, counted + sum(map(len, groups[place][1]))
-    norm = 0.0
-    if useful:
+    row: Row = {"zero_variance": 1 - sum(any(some) for some in advantages) / len(advantages), "loss": None, "entropy": None, "kl": None,
+                "clipped": None, "grad_norm": 0.0, "adapter_change": 0.0, "nonfinite": False}
+    if not useful:
+        return row
+    prompts = [groups[place][0] for place in useful]
+    shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+    references: dict[int, torch.Tensor] = {}
+    if args.kl:
+        with torch.no_grad(), reference_policy(model):
+            references = {place: policy_logprobs(model, groups[place], args.temperature)[0] for place in useful}
+    olds: dict[int, torch.Tensor] = {}
+    for _ in range(args.updates):
+        past = read_prefix(model, prompts[0][:shared])
+        leaves = [tensor.detach().requires_grad_() for tensor in past]
+        loss = entropy = kl = clipped = 0.0
+        for place in useful:
+            logprobs, surprise = policy_logprobs(model, groups[place], args.temperature, leaves)
+            old = olds.setdefault(place, logprobs.detach())
+            weight = torch.tensor([value for value, ids in zip(advantages[place], groups[place][1]) for _ in ids], device=logprobs.device)
+            part = policy_loss(logprobs, old, references.get(place), weight, args.clip, args.kl).sum() / total
+            part.backward()
+            loss, entropy = loss + part.item(), entropy + surprise.sum().item()
+            clipped += (((logprobs.detach() - old).exp() - 1) * weight.sign() > args.clip).sum().item()
+            if args.kl:
+                gap = references[place] - logprobs.detach()
+                kl += (gap.exp() - gap - 1).sum().item()
+        if past:
+            torch.autograd.backward(past, [leaf.grad for leaf in leaves])
         norm = clip_gradients(weights)
+        row["nonfinite"] = not (math.isfinite(norm) and math.isfinite(loss))
+        if row["nonfinite"]:
+            row |= {"grad_norm": None, "loss": None}
+            optimizer.zero_grad()
+            break
         optimizer.step()
         optimizer.zero_grad()
-    change = sum((weight.detach() - old).square().sum() for weight, old in zip(weights, before)) ** 0.5
-    return {"zero_variance": 1 - len(useful) / len(groups), "entropy": surprise / counted if counted else None, "grad_norm": norm, "adapter_change": float(change)}
+        tokens = sum(len(ids) for place in useful for ids in groups[place][1])
+        row |= {"loss": loss, "entropy": entropy / tokens, "kl": kl / tokens if args.kl else None, "clipped": clipped / tokens, "grad_norm": norm}
+    row["adapter_change"] = float(sum((weight.detach() - was).square().sum() for weight, was in zip(weights, before)) ** 0.5)
+    return row
 
 
 # ------------------------------------------------------------------------------------------------
 # The loop
 
 
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / max(len(values), 1)
-
-
-def flatten(lists: Sequence[Sequence[float]]) -> list[float]:
-    return [value for some in lists for value in some]
+def average(rows: Sequence[Row], key: str) -> float | None:
+    values = [row[key] for row in rows if row[key] is not None]
+    return sum(values) / len(values) if values else None
 
 
 def save_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer, step: int, record: Row) -> None:
@@ -177,16 +285,49 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> int:
     return json.loads((folder / "step.json").read_text())
 
 
-def validate(model: Any, tokenizer: Any, encoder: Any, prompt_of: Any, reward_of: Any, pairs: Sequence[Row], args: argparse.Namespace) -> Row:
-    """Mean reward, score, leak and length of greedy completions on fixed held-out pairs."""
-    columns: dict[str, list[float]] = {"val_reward": [], "val_score": [], "val_leak": [], "val_length": []}
-    for batch in batches_by_length(pairs, lambda pair: len(prompt_of(pair)), args.prompts * args.group):
-        prompts = [prompt_of(pair) for pair in batch]
-        done = generate(model, tokenizer, [(prompt[:-1], [prompt[-1:]]) for prompt in prompts], args.max_new_tokens)
-        measured = reward_of(model, tokenizer, encoder, batch, [[decode(tokenizer, completion)] for completion in done], args)
-        for column, values in zip(columns.values(), (*map(flatten, measured), [len(completion.ids) for completion in done])):
-            column += values
-    return {name: mean(values) for name, values in columns.items()}
+def validate(model: Any, tokenizer: Any, encoder: Any, prompt_of: Callable, rate: Callable, pairs: Sequence[Row], args: argparse.Namespace) -> Row:
+    """The same measurements on fixed held-out pairs, of greedy completions (val_…) and of sampled ones (val_sampled_…).
+
+    `specific` is what a trace adds to its own pair's action minus what it adds to another pair's; `auc` is the share of
+    pairs whose own trace scores above the other's. For `reward` all held-out pairs are gated as one group.
+    """
+    row: Row = {}
+    for kind in ("val", "val_sampled"):
+        completions: dict[str, list[Completion]] = {}
+        for batch in batches_by_length(pairs, lambda pair: len(prompt_of(pair)), 16):
+            seeds = [] if kind == "val" else [seed_of(args.seed, "05 val", pair["id"]) for pair in batch]
+            completions |= zip((pair["id"] for pair in batch), rollout(model, tokenizer, [prompt_of(pair) for pair in batch], seeds, 1, args))
+        others = other_pairs(pairs, pairs, "val")
+        rows = sum(rate(model, tokenizer, encoder, pairs, others, [completions[pair["id"]] for pair in pairs], args), [])
+        gate_rows(rows, args.leak_penalty)
+        own = {pair["id"]: some["score"] for pair, some in zip(pairs, rows)}
+        for other, some in zip(others, rows):
+            some["specific"] = None if None in (some["score"], some["other"]) else some["score"] - some["other"]
+            some["auc"] = None if None in (own[other["id"]], some["other"]) else (own[other["id"]] > some["other"]) + 0.5 * (own[other["id"]] == some["other"])
+        row |= {f"{kind}_{name}": average(rows, name) for name in (*MEASURED, "specific", "auc")}
+        row[f"{kind}_length"] = sum(len(completions[pair["id"]][0].ids) for pair in pairs) / len(pairs)
+    return row
+
+
+def draw_curves(log: Sequence[Row], path: Path) -> None:
+    """rl.png: reward, leak and rewording, and length over the steps, a row of plots an objective; dots are held-out pairs."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    objectives = sorted({row["objective"] for row in log})
+    figure, plots = pyplot.subplots(len(objectives), 3, figsize=(12, 3.2 * len(objectives)), squeeze=False, layout="constrained")
+    for objective, line in zip(objectives, plots):
+        rows = [row for row in log if row["objective"] == objective]
+        for plot, names in zip(line, (("reward", "score", "other"), ("leak", "leak_1", "reworded"), ("length",))):
+            for colour, name in zip(("tab:blue", "tab:orange", "tab:green"), names):
+                for key, style in ((name, {"linewidth": 1.2, "label": name}), (f"val_{name}", {"linestyle": ":", "marker": "o", "markersize": 4})):
+                    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+                    plot.plot(*zip(*points) if points else ((), ()), color=colour, **style)
+            plot.set(xlabel="step", title=f"{objective}: {', '.join(names)}")
+            plot.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def train(base: Any, tokenizer: Any, pairs: Sequence[Row], held_out: Sequence[Row], args: argparse.Namespace, target: Path, record: Row, so_far: Row) -> int:
@@ -195,11 +336,14 @@ def train(base: Any, tokenizer: Any, pairs: Sequence[Row], held_out: Sequence[Ro
     `record` is that of the finished adapter, `so_far` that of its checkpoints, which may be continued to more steps.
     """
     encoder = load_encoder(args.encoder)
-    reward_of = reward_recon if args.objective == "recon" else reward_e2e
-    prompt_of = (lambda pair: synthesis_prompt(tokenizer, pair)) if args.objective == "recon" else (lambda pair: user_prompt(tokenizer, pair, thinking=True))
+    recon = args.objective == "recon"
+    rate = rate_recon if recon else rate_e2e
+    prompt_of = (lambda pair: synthesis_prompt(tokenizer, pair)) if recon else (lambda pair: user_prompt(tokenizer, pair, thinking=True))
     checkpoint, log = args.run / "rl" / args.objective, args.run / "rl.jsonl"
     resumed = check_record(checkpoint, so_far, args.overwrite)
     model = add_adapter(base, args.rank, args.seed, checkpoint if resumed else args.init_adapter)
+    if args.kl and args.init_adapter:
+        model.load_adapter(args.init_adapter, "reference")
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=0.0)
     first = load_optimizer(checkpoint, optimizer) if resumed else 0
@@ -216,34 +360,59 @@ def train(base: Any, tokenizer: Any, pairs: Sequence[Row], held_out: Sequence[Ro
     for step in progress(range(first, args.steps), f"GRPO ({args.objective})"):
         row: Row = {"objective": args.objective, "step": step}
         if step % args.val_every == 0:
-            row |= validate(model, tokenizer, encoder, prompt_of, reward_of, held_out, args)
+            row |= validate(model, tokenizer, encoder, prompt_of, rate, held_out, args)
         clock = time.monotonic()
         batch = order[step * args.prompts:(step + 1) * args.prompts]
-        groups, texts = rollout(model, tokenizer, [prompt_of(pair) for pair in batch], batch, step, args)
+        seeds = [seed_of(args.seed, "05", args.objective, step, place, k) for place in range(len(batch)) for k in range(args.group)]
+        completions = rollout(model, tokenizer, [prompt_of(pair) for pair in batch], seeds, args.group, args)
         sampling, clock = time.monotonic() - clock, time.monotonic()
-        rewards, scores, leaks = reward_of(model, tokenizer, encoder, batch, texts, args)
+        rated = rate(model, tokenizer, encoder, batch, other_pairs(batch, pairs, args.seed, step), completions, args)
+        for rows in rated:
+            gate_rows(rows, args.leak_penalty)
         rewarding, clock = time.monotonic() - clock, time.monotonic()
+        # A completion whose reward is missing takes no part: neither in its group's mean nor in the loss.
+        present = [[(completion, row["reward"]) for completion, row in zip(group, rows) if row["reward"] is not None] for group, rows in zip(completions, rated)]
+        groups = [(prompt_of(pair), [tokens_of(completion) for completion, _ in some]) for pair, some in zip(batch, present)]
+        advantages = [group_advantages([reward for _, reward in some], args.std_norm) if some else [] for some in present]
         for parameters in optimizer.param_groups:
-            parameters["lr"] = args.lr * min(1.0, (step + 1) / max(args.warmup, 1))
-        row |= update(model, optimizer, groups, [group_advantages(group, args.std_norm) for group in rewards], args)
-        flat = flatten(rewards)
-        row |= {"reward": mean(flat), "reward_std": torch.tensor(flat).std().item(), "score": mean(flatten(scores)), "leak": mean(flatten(leaks)),
-                "leaking": mean([leak > 0 for leak in flatten(leaks)]), "length": mean([len(ids) for _, some in groups for ids in some]),
-                "lr": optimizer.param_groups[0]["lr"], "seconds_sampling": round(sampling, 2), "seconds_reward": round(rewarding, 2),
+            parameters["lr"] = args.lr * min(1.0, (step + 1) / args.warmup)
+        flat, lengths = sum(rated, []), [len(completion.ids) for group in completions for completion in group]
+        rewards = [row["reward"] for row in flat if row["reward"] is not None]
+        row |= {name: average(flat, name) for name in MEASURED}
+        row |= {"reward_std": torch.tensor(rewards).std().item() if len(rewards) > 1 else None, "missing_rewards": len(flat) - len(rewards),
+                "length": sum(lengths) / len(lengths), "empty": lengths.count(0)}
+        row |= update(model, optimizer, groups, advantages, args)
+        row |= {"lr": optimizer.param_groups[0]["lr"], "seconds_sampling": round(sampling, 2), "seconds_reward": round(rewarding, 2),
                 "seconds_update": round(time.monotonic() - clock, 2)}
-        sampled += sum(len(ids) for _, some in groups for ids in some)
+        sampled += sum(lengths)
         lines.append(row)
         write_text(log, "".join(map(dump_row, lines)))
+        if [line["nonfinite"] for line in lines[-3:] if line["objective"] == args.objective] == [True] * 3:
+            stop(f"the gradient was not finite in three steps in a row (see {log}); start again with a lower --lr and --overwrite")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             save_checkpoint(checkpoint, model, optimizer, step + 1, so_far)
-    row = {"objective": args.objective, "step": args.steps} | validate(model, tokenizer, encoder, prompt_of, reward_of, held_out, args)
+    row = {"objective": args.objective, "step": args.steps} | validate(model, tokenizer, encoder, prompt_of, rate, held_out, args)
     write_text(log, "".join(map(dump_row, [*lines, row])))
-    start = next((line for line in lines if line["objective"] == args.objective and "val_reward" in line), row)
-    print(f"{args.objective}: held-out reward {start['val_reward']:+.3f} -> {row['val_reward']:+.3f}, score {start['val_score']:+.3f} -> "
-          f"{row['val_score']:+.3f}, leak {start['val_leak']:.1%} -> {row['val_leak']:.1%}, length {start['val_length']:.0f} -> {row['val_length']:.0f} tokens")
+    draw_curves([*lines, row], args.run / "rl.png")
+    print_course([*(line for line in lines if line["objective"] == args.objective), row])
     save_adapter(model, target, record)
     model.unload()
     return sampled
+
+
+def print_course(lines: Sequence[Row]) -> None:
+    """What the training did to the held-out pairs, and which steps could not teach anything."""
+    steps, last = lines[:-1], lines[-1]
+    first = next((line for line in steps if "val_reward" in line), last)
+    columns = (("reward", "+.3f"), ("score", "+.3f"), ("specific", "+.3f"), ("leak", ".1%"), ("reworded", ".3f"), ("stopped", ".0%"), ("malformed", ".0%"), ("length", ".0f"))
+    shown = [f"{name} {first[f'val_{name}']:{form}} -> {last[f'val_{name}']:{form}}" for name, form in columns if None not in (first[f"val_{name}"], last[f"val_{name}"])]
+    print(f"{last['objective']}, greedy on held-out pairs: {', '.join(shown)} tokens")
+    for count, what in ((sum(line["zero_variance"] == 1 for line in steps), f"of {len(steps)} steps had nothing to compare: no group's rewards differed"),
+                        (sum(line["nonfinite"] for line in steps), f"of {len(steps)} steps met a loss or gradient that was not finite, which was not applied"),
+                        (sum(line["missing_rewards"] for line in steps), "rewards were missing; their completions took no part"),
+                        (sum(line["empty"] for line in steps), "completions were empty")):
+        if count:
+            print(f"{count} {what}")
 
 
 def write_traces(base: Any, tokenizer: Any, pairs: Sequence[Row], args: argparse.Namespace, synthesizer: Path, path: Path, record: Row) -> list[Row]:
@@ -270,21 +439,29 @@ def write_traces(base: Any, tokenizer: Any, pairs: Sequence[Row], args: argparse
         with model.disable_adapter():
             for pair in batch:
                 row = best[pair["id"]]
-                row["score"] = likelihood_scores(model, tokenizer, pair, [row["trace"]])[0][0][args.score]
+                row["score"] = finite(likelihood_scores(model, tokenizer, pair, [row["trace"]])[0][0]["unsaid"])
         append_rows(path, [best[pair["id"]] for pair in batch if pair["id"] not in rows])
         rows |= best
     model.unload()
     return [rows[pair["id"]] for pair in pairs]
 
 
-def main(argv: list[str] | None = None) -> None:
+def more_steps(old: Row, new: Row) -> bool:
+    """Does `new` ask for what `old` made and further steps? Then training goes on from the last checkpoint."""
+    asked = old.get("arguments", {}).get("steps", 0), new["arguments"]["steps"]
+    return asked[0] < asked[1] and not first_difference(old | {"arguments": old.get("arguments", {}) | {"steps": asked[1]}}, new)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = stage_arguments(__doc__)
     group = parser.add_argument_group("what is trained")
     group.add_argument("--objective", choices=("recon", "e2e"), default="recon", help="see above (default: %(default)s)")
     group.add_argument("--init-adapter", type=Path, metavar="DIR", help="adapter to continue from (default: none for recon, RUN/models/backward for e2e)")
     group = parser.add_argument_group("reward")
-    group.add_argument("--score", default="unsaid", choices=("likelihood", "unsaid"), help="score that recon rewards (default: %(default)s)")
-    group.add_argument("--leak-penalty", type=positive_float, default=2.0, help="reward that a fully leaking trace loses (default: %(default)s)")
+    group.add_argument("--reward", default="specific", choices=("specific", "unsaid", "likelihood"), help="what recon rewards, see above (default: %(default)s)")
+    group.add_argument("--leak-penalty", type=positive_float, default=0.5, help="how far a trace that gives all away falls below the honest ones of its group, nats a token; "
+                       "with --reward likelihood what it loses (default: %(default)s)")
+    group.add_argument("--reword-penalty", type=fraction, default=0.5, help="what specific takes off for a rewording of 1, nats a token (default: %(default)s)")
     group.add_argument("--encoder", default="embedded", metavar="NAME", help="sentence encoder that rewards e2e and guards recon (default: %(default)s)")
     group = parser.add_argument_group("GRPO")
     group.add_argument("--steps", type=positive_int, default=2, help="optimizer steps; a real run takes 100 and more (default: %(default)s)")
@@ -295,6 +472,9 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--lr", type=positive_float, default=2e-4, help="learning rate of AdamW (default: %(default)s)")
     group.add_argument("--warmup", type=positive_int, default=2, help="steps over which the learning rate rises (default: %(default)s)")
     group.add_argument("--std-norm", action="store_true", help="divide advantages by their group's standard deviation")
+    group.add_argument("--updates", type=positive_int, default=1, help="optimizer steps a rollout; from the second on the policy is no longer the one that sampled (default: %(default)s)")
+    group.add_argument("--clip", type=positive_float, default=0.2, help="the ratio to the sampling policy counts from 1 - CLIP to 1 + CLIP (default: %(default)s)")
+    group.add_argument("--kl", type=fraction, default=0.0, help="weight of the divergence from the policy before training (default: %(default)s)")
     group.add_argument("--val-every", type=positive_int, default=10, help="steps between looks at held-out pairs (default: %(default)s)")
     group.add_argument("--save-every", type=positive_int, default=2, help="steps between checkpoints (default: %(default)s)")
     group = parser.add_argument_group("traces by the trained synthesizer")
@@ -307,7 +487,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.objective == "e2e" and args.init_adapter is None:
         args.init_adapter = args.run / "models" / "backward"
     args.max_new_tokens = args.max_new_tokens or (40 if args.objective == "recon" else 72)
+    return args
 
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
     started = begin_run(args.run)
     source = args.run / "pairs.jsonl"
     pairs = read_pairs(source)
@@ -329,6 +513,9 @@ def main(argv: list[str] | None = None) -> None:
     so_far = made_with(args, inputs, prompts, ignore=(*fit, *tracing, *saving, "steps"))
     target = args.run / "models" / ("synthesizer" if args.objective == "recon" else "e2e-grpo")
     arm, traces = args.run / "models" / "recon-grpo", args.run / "traces" / "recon-grpo.jsonl"
+    if not args.overwrite and target.exists() and more_steps(record_of(target), record):
+        for old in (target, traces, arm) if args.objective == "recon" else (target,):
+            discard(old)
     trained = check_record(target, record, args.overwrite)
     if trained and args.objective == "e2e":
         print(f"05_rl_train: {target} is already made")
@@ -355,7 +542,7 @@ def main(argv: list[str] | None = None) -> None:
         chosen = write_traces(model, tokenizer, pairs, args, target, traces, of_traces)
         examples = [select_sft.user_example(tokenizer, by_id[row["id"]], row["trace"]) for row in chosen]
         losses, read = select_sft.fit_user_model(model, examples, args, arm, of_arm)
-        print(select_sft.describe("recon-grpo", chosen, args.score, losses))
+        print(select_sft.describe("recon-grpo", chosen, "unsaid", losses))
         tokens += read
     closing_line("05_rl_train", len(pairs), len(pairs), 0, started, tokens)
 

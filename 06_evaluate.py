@@ -198,26 +198,29 @@ by("table").append(table(["arm", "n", "wins", "ties", "losses", "win rate", "95 
   by("plot").append(svg, make("p", `Win rate against ${versus}; a tie counts as half a win; bootstrap over conversations.`, "note"));
 }
 for (const objective of new Set(data.rl.map(row => row.objective))) {
-  const rows = data.rl.filter(row => row.objective === objective && row.reward !== undefined);
-  if (!rows.length) continue;
-  by("curve").hidden = by("curve-title").hidden = false;
-  const held = data.rl.filter(row => row.objective === objective && row.val_reward !== undefined);
-  const last = Math.max(1, ...rows.map(row => row.step), ...held.map(row => row.step));
-  const values = [...rows.map(row => row.reward), ...held.map(row => row.val_reward)], low = Math.min(...values), high = Math.max(...values);
-  const x = step => 60 + 640 * step / last, y = value => 20 + 100 * (high > low ? (high - value) / (high - low) : .5);
-  const svg = draw("svg", {viewBox: "0 0 720 150", role: "img", "aria-label": `reward of ${objective}`});
-  svg.append(
-    draw("text", {x: 4, y: y(high) + 4, class: "soft"}, fixed(high, 2)),
-    draw("text", {x: 4, y: y(low) + 4, class: "soft"}, low < high ? fixed(low, 2) : ""),
-    draw("polyline", {points: rows.map(row => `${x(row.step)},${y(row.reward)}`).join(" "), fill: "none", stroke: "var(--mark)", "stroke-width": 2}));
-  rows.forEach((row, i) => {
-    svg.append(draw("circle", {cx: x(row.step), cy: y(row.reward), r: 3.5, fill: "var(--mark)"}));
-    if (i % Math.ceil(rows.length / 10) === 0)
-      svg.append(draw("text", {x: x(row.step), y: 145, "text-anchor": "middle", class: "soft"}, (i ? "" : "step ") + row.step));
-  });
-  for (const row of held)
-    svg.append(draw("rect", {x: x(row.step) - 5, y: y(row.val_reward) - 5, width: 10, height: 10, fill: "none", stroke: "var(--good)", "stroke-width": 2}));
-  by("curve").append(make("h3", `objective ${objective}: mean reward of sampled completions (dots) and of greedy ones on held-out pairs (squares)`), svg);
+  const rows = data.rl.filter(row => row.objective === objective);
+  const last = Math.max(1, ...rows.map(row => row.step));
+  for (const [key, title] of [["reward", "mean reward"], ["leak", "share of the action's 4-grams quoted"], ["length", "tokens a completion"]]) {
+    const dots = rows.filter(row => Number.isFinite(row[key])), held = rows.filter(row => Number.isFinite(row["val_" + key]));
+    const values = [...dots.map(row => row[key]), ...held.map(row => row["val_" + key])];
+    if (!values.length) continue;
+    by("curve").hidden = by("curve-title").hidden = false;
+    const low = Math.min(...values), high = Math.max(...values);
+    const x = step => 60 + 640 * step / last, y = value => 20 + 100 * (high > low ? (high - value) / (high - low) : .5);
+    const svg = draw("svg", {viewBox: "0 0 720 150", role: "img", "aria-label": `${title} of ${objective}`});
+    svg.append(
+      draw("text", {x: 4, y: y(high) + 4, class: "soft"}, fixed(high, 2)),
+      draw("text", {x: 4, y: y(low) + 4, class: "soft"}, low < high ? fixed(low, 2) : ""),
+      draw("polyline", {points: dots.map(row => `${x(row.step)},${y(row[key])}`).join(" "), fill: "none", stroke: "var(--mark)", "stroke-width": 2}));
+    dots.forEach((row, i) => {
+      svg.append(draw("circle", {cx: x(row.step), cy: y(row[key]), r: 3.5, fill: "var(--mark)"}));
+      if (i % Math.ceil(dots.length / 10) === 0)
+        svg.append(draw("text", {x: x(row.step), y: 145, "text-anchor": "middle", class: "soft"}, (i ? "" : "step ") + row.step));
+    });
+    for (const row of held)
+      svg.append(draw("rect", {x: x(row.step) - 5, y: y(row["val_" + key]) - 5, width: 10, height: 10, fill: "none", stroke: "var(--good)", "stroke-width": 2}));
+    by("curve").append(make("h3", `objective ${objective}: ${title} of sampled completions (dots) and of greedy ones on held-out pairs (squares)`), svg);
+  }
 }
 let place = 0;
 function show() {

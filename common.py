@@ -248,7 +248,12 @@ def discard(output: Path) -> None:
 
 def check_record(output: Path, record: Row, overwrite: bool) -> bool:
     """True if `output` was made with exactly `record`; False if there is no output. Another record stops."""
-    if overwrite or not output.exists():
+    if overwrite:
+        return False
+    old = output.with_name(output.name + ".old")
+    if not output.exists() and old.is_dir():                  # stopped between replace_folder's two renames
+        old.replace(output)
+    if not output.exists():
         return False
     if difference := first_difference(record_of(output), record):
         stop(f"{output} was made otherwise: {difference}. Remove it to make it anew, pass --overwrite to make anew all that this stage makes, "
@@ -308,17 +313,14 @@ def save_adapter(model: Any, folder: Path, record: Row) -> None:
     """Save a LoRA adapter and its record whole or not at all: a temporary folder, then a rename."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, save_embedding_layers=False)
+    model.save_pretrained(temporary, save_embedding_layers=False, selected_adapters=["default"])
     write_text(temporary / "made.json", json.dumps(record, indent=1))
     replace_folder(temporary, folder)
 
 
 def clip_gradients(weights: Sequence[torch.Tensor], largest: float = 1.0) -> float:
-    """Scale the gradients to a norm of at most `largest` and return the norm; a NaN or an infinity stops."""
-    norm = torch.nn.utils.clip_grad_norm_(weights, largest).item()
-    if norm != norm or norm == float("inf"):
-        stop("the gradient is not finite; lower the learning rate (what was saved before this step is kept)")
-    return norm
+    """Scale the gradients to a norm of at most `largest` and return the norm as it was, which may be NaN or infinite."""
+    return torch.nn.utils.clip_grad_norm_(weights, largest).item()
 
 
 def batches_by_length(items: Sequence, length: Any, size: int) -> list[list]:
@@ -779,25 +781,42 @@ def clean_action(text: str) -> str:
 # Scoring
 
 
-def packed_logits(model: Any, prefix: list[int], suffixes: Sequence[list[int]], starts: Sequence[int] | None = None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def read_prefix(model: Any, ids: list[int]) -> list[torch.Tensor]:
+    """Keys and values, layer by layer, of the first tokens of some prompts, each [1, heads, len(ids), head dim]; none of no ids.
+
+    For packed_logits' `past`. Differentiable: detached copies can collect the gradients of many groups for one backward.
+    """
+    if not ids:
+        return []
+    cache = Cache(layer_class_to_replicate=DynamicLayer)
+    model(torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+def packed_logits(model: Any, prefix: list[int], suffixes: Sequence[list[int]], starts: Sequence[int] | None = None,
+                  past: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """All suffixes of one prefix in one row of tokens: (float32 logits [places, vocabulary], rows[s] into them).
 
     The prefix is read once, then [suffix₁ suffix₂ …] behind its cache. Position ids restart after the prefix for each
     suffix, and a 4-D mask lets a token see the prefix and its own suffix, nothing else. rows[s] has one entry a token of
     the suffix: where that token is predicted. starts[s] leaves out the first tokens of a suffix (they are still read):
-    the output layer then works for the rest alone. Differentiable, through the cache as well.
+    the output layer then works for the rest alone. `past` (see read_prefix) holds the first tokens of the prefix, which
+    are then not read again; at least one must be left. Differentiable, through the cache as well.
 
     One row with one mask for prefix and suffixes would be shorter to write, but its attention reads all of the square
     of the row, most of it masked: over 512 + 8 x 60 tokens that is a quarter of the work.
     """
     device, starts = model.device, starts or [0] * len(suffixes)
-    if len(suffixes) == 1:                           # nothing to share: one plain causal forward, the fastest of all
+    if len(suffixes) == 1 and not past:              # nothing to share: one plain causal forward, the fastest of all
         first = len(prefix) - 1 + starts[0]
         places = torch.arange(first, len(prefix) + len(suffixes[0]) - 1, device=device)
         logits = model(torch.tensor([prefix + suffixes[0][:-1]], device=device), logits_to_keep=places, use_cache=False).logits[0]
         return logits.float(), [torch.arange(len(places), device=device)]
     cache = Cache(layer_class_to_replicate=DynamicLayer)
-    first = model(torch.tensor([prefix], device=device), past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0]   # [1, vocabulary]
+    for layer in range(len(past) // 2):
+        cache.update(past[2 * layer], past[2 * layer + 1], layer)
+    unread = prefix[past[0].shape[2] if past else 0:]
+    first = model(torch.tensor([unread], device=device), past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0]   # [1, vocabulary]
     bodies = [suffix[:-1] for suffix in suffixes]    # nothing is predicted from a suffix's last token
     ends = torch.tensor([0, *map(len, bodies)]).cumsum(0).tolist()
     # Place 0 is the prefix's last token, which predicts every suffix's first one; place 1 + i is token i of the row.
@@ -906,6 +925,20 @@ def guard_traces(encoder: tuple[Any, Any], traces: Sequence[str], action: str, c
         reworded = max(stem_share(trace, action, context), near)
         rows.append({"leak": leak, "reworded": reworded, "stopped": leak > 0 or reworded >= REWORDED})
     return rows
+
+
+# A trace says what goes on in Sam: it names Sam and something that minds do, and speaks neither as Sam nor to anyone.
+MIND = re.compile(r"""\b(?:admir|afraid|amaz|amus|ang(?:er|r)|annoy|anxious|appreciat|asham|believ|bored|bother|calm|car(?:es?|ing|ed)\b|cheer|comfort|concern|confiden|
+    confus|content|curious|dislik|disappoint|doubt|dread|eager|embarrass|enjoy|enthus|env(?:y|ie|ious)|excit|expect|fear|feel|felt|fond|frustrat|glad|grateful|guilt|happ[iy]|hat(?:e|ing)|
+    hesita|hop(?:e|ing)|hurt|imagin|impress|insecur|intend|intrigu|interest|jealous|joy|know|lik(?:es?|ed|ing)\b|lonel|look|lov(?:e|ing)|mind|miss|need|nervous|nostalg|overwhelm|pit(?:y|i)|plan(?:s|ned|ning)?\b|
+    pleas|prefer|proud|puzzl|recall|regret|relax|reliev|reluctan|remember|sad(?:ly|ness|der)?\b|satisf|scar(?:e|y)|shock|shy|skeptic|sorr(?:y|i)|stress|surpris|suspect|sympath|thank|think|thought|
+    tir(?:e|ing)|touched|trust|uncertain|uncomfort|understand|unhapp|unsure|upset|valu|want|weary|wish|wonder|worr[iy])""", re.IGNORECASE | re.VERBOSE)
+OUTSIDE = re.compile(r"""\bI\b|\b(?:[Mm]e|[Mm]y|[Mm]yself|[Mm]ine|[Ww]e|us|[Oo]urs?|[Yy]ou|[Yy]ours?)\b|["“”‘\n]|:(?!\d)""")
+
+
+def is_trace(text: str) -> bool:
+    """Does the text have a trace's form: about Sam's feelings, thoughts or wishes, in the third person, without quotes?"""
+    return PERSON in text and not OUTSIDE.search(text) and bool(MIND.search(text))
 
 
 def given_away(guarded: Row) -> float:

@@ -57,6 +57,22 @@ def test_packed_gradients_equal_one_row_at_a_time(tiny, numbers):
         torch.testing.assert_close(packed[name], slow[name], atol=1e-4, rtol=1e-4, msg=name)
 
 
+def test_reading_the_beginning_of_a_prefix_before_changes_neither_log_probs_nor_gradients(tiny, numbers):
+    model, _ = tiny
+    model.requires_grad_(True)
+    prefix, suffixes = random_ids(numbers, 4, 20), [random_ids(numbers, 1, 6) for _ in range(numbers.choice([1, 3]))]
+    cut = numbers.randrange(1, len(prefix))
+    gradients = []
+    for past in ([], common.read_prefix(model, prefix[:cut])):
+        model.zero_grad()
+        logits, rows = common.packed_logits(model, prefix, suffixes, past=past)
+        (logits.log_softmax(-1)[torch.cat(rows), torch.tensor(sum(suffixes, []))] * torch.arange(1.0, 1 + sum(map(len, suffixes)))).sum().backward()
+        gradients.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
+    for name in gradients[0]:
+        torch.testing.assert_close(gradients[0][name], gradients[1][name], atol=1e-4, rtol=1e-4, msg=name)
+    assert common.read_prefix(model, []) == []
+
+
 def test_likelihood_score_equals_the_difference_of_plain_forwards(tiny):
     model, tokenizer = tiny
     pair, traces = make_pair(), ["Ann feels tired.", "Sam wants to help with the weeds, which sounds like fun."]

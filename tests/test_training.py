@@ -3,10 +3,13 @@
 import argparse
 import json
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
-from conftest import make_pair, random_ids
+from conftest import ROOT, make_pair, random_ids
 from test_prepare import write_turns
 
 import common
@@ -134,33 +137,106 @@ def test_advantages_equal_the_obvious_formula(rl, numbers):
         rewards = [numbers.gauss(0, 2) for _ in range(numbers.randint(2, 8))]
         values = torch.tensor(rewards, dtype=torch.float64)
         assert rl.group_advantages(rewards, False) == pytest.approx((values - values.mean()).tolist())
-        assert rl.group_advantages(rewards, True) == pytest.approx(((values - values.mean()) / values.std()).tolist())
+        assert rl.group_advantages(rewards, True) == pytest.approx(((values - values.mean()) / (values.std() + 1e-4)).tolist())
     assert rl.group_advantages([0.3, 0.3, 0.3], True) == [0.0, 0.0, 0.0]
 
 
 def test_the_policy_gradient_equals_weighted_log_probs_one_row_at_a_time(rl, tiny, numbers):
     model, _ = tiny
     model.requires_grad_(True)
-    group = random_ids(numbers, 3, 9), [random_ids(numbers, 1, 7) for _ in range(4)]
-    advantages = [numbers.gauss(0, 1) for _ in range(4)]
-    loss, _ = rl.policy_loss(model, group, advantages, 50, 0.9)
-    assert loss.item() == pytest.approx(-sum(a * len(ids) for a, ids in zip(advantages, group[1])) / 50, abs=1e-5)
-    loss.backward()
+    shared = random_ids(numbers, 2, 9)                                                 # what all prompts open with
+    groups = [(shared + random_ids(numbers, 1, 9), [random_ids(numbers, 1, 7) for _ in range(numbers.randint(1, 4))]) for _ in range(3)]
+    advantages = [[numbers.gauss(0, 1) for _ in completions] for _, completions in groups]
+    row = rl.update(model, Still(model), groups, advantages, grpo_arguments(temperature=0.9))
     packed = {name: weight.grad.clone() for name, weight in model.named_parameters()}
     model.zero_grad()
-    prefix = group[0]
-    for advantage, ids in zip(advantages, group[1]):
-        logprobs = (model(torch.tensor([prefix + ids])).logits[0] / 0.9).log_softmax(-1)
-        (-advantage * sum(logprobs[len(prefix) + at - 1, token] for at, token in enumerate(ids)) / 50).backward()
+    total = sum(len(ids) for _, completions in groups for ids in completions)
+    entropy = 0.0
+    for (prompt, completions), some in zip(groups, advantages):
+        for advantage, ids in zip(some, completions):
+            logprobs = (model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1] / 0.9).log_softmax(-1)
+            (-advantage * logprobs[range(len(ids)), ids].sum() / total).backward()
+            entropy -= (logprobs.exp() * logprobs).sum().item() / total
+    norm = torch.stack([weight.grad.norm() for weight in model.parameters()]).norm().item()
+    assert row["grad_norm"] == pytest.approx(norm, rel=1e-4) and row["entropy"] == pytest.approx(entropy, rel=1e-4)
     for name, weight in model.named_parameters():
-        torch.testing.assert_close(packed[name], weight.grad, atol=1e-5, rtol=1e-4, msg=name)
+        torch.testing.assert_close(packed[name] * max(1.0, norm), weight.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+class Still:
+    """An optimizer that moves nothing and keeps the (clipped) gradients."""
+
+    def __init__(self, model):
+        self.param_groups = [{"params": list(model.parameters())}]
+
+    def step(self):
+        pass
+
+    zero_grad = step
+
+
+def grpo_arguments(**more):
+    return argparse.Namespace(**({"temperature": 1.0, "updates": 1, "clip": 0.2, "kl": 0.0} | more))
+
+
+def test_the_loss_clips_the_ratio_only_where_that_lowers_the_objective_and_adds_the_divergence(rl, numbers):
+    tensors = [torch.randn(30, generator=torch.Generator().manual_seed(numbers.randrange(2**31))) * scale for scale in (0.4, 0.4, 0.4, 1.0)]
+    logprobs, old, reference, advantages = tensors
+    found = rl.policy_loss(logprobs, old, reference, advantages, 0.2, 0.3)
+    for p, q, r, a, value in zip(*(tensor.tolist() for tensor in (*tensors, found))):
+        ratio = torch.tensor(p - q).exp().item()
+        objective = min(ratio * a, min(max(ratio, 0.8), 1.2) * a)
+        divergence = torch.tensor(r - p).exp().item() - (r - p) - 1
+        assert value == pytest.approx(-objective + 0.3 * divergence, abs=1e-5) and divergence >= 0
+    torch.testing.assert_close(rl.policy_loss(logprobs, old, None, advantages, 0.2, 0.3), rl.policy_loss(logprobs, old, None, advantages, 0.2, 0.0))
+
+
+def test_several_updates_move_further_and_the_divergence_holds_them_back(rl, tiny_folder, numbers):
+    """Also: the reference is the policy before training, and the first of several updates equals a single one."""
+    groups = [(random_ids(numbers, 3, 9), [random_ids(numbers, 2, 6) for _ in range(3)]) for _ in range(2)]
+    advantages = [[1.0, -0.5, -0.5], [0.3, -0.6, 0.3]]
+    moved, away = {}, {}
+    for name, more in (("one", {}), ("four", {"updates": 4}), ("held", {"updates": 4, "kl": 1.0})):
+        model, _ = common.load_model(str(tiny_folder), False)
+        adapted = common.add_adapter(model, 4, 0)
+        optimizer = torch.optim.AdamW([weight for weight in adapted.parameters() if weight.requires_grad], lr=1e-2, weight_decay=0.0)
+        row = rl.update(adapted, optimizer, groups, advantages, grpo_arguments(**more))
+        moved[name] = row["adapter_change"]
+        assert (row["kl"] is None) == (name != "held") and 0 <= row["clipped"] <= 1
+        with torch.no_grad(), rl.reference_policy(adapted):
+            base = rl.policy_logprobs(adapted, groups[0], 1.0)[0]
+        with torch.no_grad():
+            gap = base - rl.policy_logprobs(adapted, groups[0], 1.0)[0]
+        away[name] = (gap.exp() - gap - 1).mean().item()
+        adapted.unload()
+        torch.testing.assert_close(base, torch.cat(common.packed_logprobs(model, groups[:1])[0]).detach(), atol=1e-5, rtol=0)
+    assert moved["four"] > 1.5 * moved["one"] and away["held"] < away["four"]
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_moves_nothing_and_is_reported(rl, tiny, numbers, poison, monkeypatch):
+    model, _ = tiny
+    adapted = common.add_adapter(model, 4, 0)
+    weights = [weight for weight in adapted.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-2)
+    before = [weight.detach().clone() for weight in weights]
+    groups = [(random_ids(numbers, 3, 9), [random_ids(numbers, 2, 6) for _ in range(3)])]
+    if poison == "loss":
+        loss = rl.policy_loss
+        monkeypatch.setattr(rl, "policy_loss", lambda *args: loss(*args) * float("inf"))
+    else:
+        weights[0].register_hook(lambda grad: grad * float("nan"))
+    row = rl.update(adapted, optimizer, groups, [[1.0, -0.5, -0.5]], grpo_arguments())
+    assert row["nonfinite"] and row["adapter_change"] == 0 and all(torch.equal(a, b) for a, b in zip(before, weights))
+    assert not optimizer.state and all(weight.grad is None for weight in weights)
+    json.dumps(row, allow_nan=False)
 
 
 def test_leaking_traces_rank_below_every_honest_one_of_their_group(rl, numbers):
     for _ in range(20):
         scores = [numbers.gauss(0, 1) for _ in range(6)]
         leaks = [numbers.choice([0.0, numbers.uniform(0.01, 1)]) for _ in range(6)]
-        rewards = rl.gate_leaks(scores, leaks, 2.0)
+        rewards = rl.gate(scores, leaks, 2.0)
         honest = [reward for reward, leak in zip(rewards, leaks) if leak == 0]
         leaking = [reward for reward, leak in zip(rewards, leaks) if leak > 0]
         assert honest == [score for score, leak in zip(scores, leaks) if leak == 0]
@@ -169,7 +245,7 @@ def test_leaking_traces_rank_below_every_honest_one_of_their_group(rl, numbers):
 
 def rl_arguments(run, tiny_folder, *more):
     return ["--run", str(run), "--model", str(tiny_folder), "--max-new-tokens", "8", "--rank", "4", "--epochs", "1", "--retries", "1",
-            "--prompts", "2", "--group", "3", "--val-every", "2", "--save-every", "2", "--lr", "1e-2", *more]
+            "--prompts", "2", "--group", "3", "--val-every", "2", "--save-every", "2", "--lr", "1e-2", "--reward", "likelihood", *more]
 
 
 @pytest.fixture()
@@ -231,6 +307,43 @@ def test_grpo_stopped_between_checkpoints_ends_like_an_undisturbed_run(rl, prepa
     assert (whole / "traces" / "recon-grpo.jsonl").read_bytes() == (prepared / "traces" / "recon-grpo.jsonl").read_bytes()
 
 
+def test_grpo_killed_at_random_moments_ends_like_an_undisturbed_run(rl, prepared, tiny_folder, tmp_path, numbers):
+    """SIGKILL to the real program, twice, wherever it stands; then the same rl.jsonl, adapter and traces."""
+    whole = tmp_path / "whole"
+    shutil.copytree(prepared, whole)
+    settings = ("--steps", "10", "--val-every", "4", "--save-every", "3")
+    rl.main(rl_arguments(whole, tiny_folder, *settings))
+    command = [sys.executable, str(ROOT / "05_rl_train.py"), *rl_arguments(prepared, tiny_folder, *settings)]
+    log = prepared / "rl.jsonl"
+    changed = lambda: log.stat().st_mtime_ns if log.exists() else 0
+    for _ in range(2):
+        before = changed()
+        program = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while program.poll() is None and changed() == before:             # the models are loaded, the first step is about to begin
+            time.sleep(0.01)
+        time.sleep(numbers.uniform(0, 4))
+        program.kill()
+        program.wait()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert without_times(common.read_rows(log)) == without_times(common.read_rows(whole / "rl.jsonl"))
+    one, other = (adapter_of(run / "models" / "synthesizer") for run in (whole, prepared))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert (whole / "traces" / "recon-grpo.jsonl").read_bytes() == (prepared / "traces" / "recon-grpo.jsonl").read_bytes()
+
+
+def test_the_log_exposes_every_way_to_cheat_and_the_curves_are_drawn(rl, prepared, tiny_folder):
+    rl.main(rl_arguments(prepared, tiny_folder, "--steps", "1"))
+    first, last = common.read_rows(prepared / "rl.jsonl")
+    for kind in ("val", "val_sampled"):
+        for row in (first, last):
+            assert {f"{kind}_{name}" for name in ("reward", "score", "other", "specific", "leak", "leak_1", "reworded", "stopped", "malformed", "length", "auc")} <= row.keys()
+            assert 0 <= row[f"{kind}_auc"] <= 1 and row[f"{kind}_specific"] == pytest.approx(row[f"{kind}_score"] - row[f"{kind}_other"])
+    assert {"reward", "reward_std", "score", "leak", "zero_variance", "length", "entropy", "grad_norm", "adapter_change", "seconds_sampling", "seconds_reward",
+            "seconds_update", "missing_rewards", "empty", "nonfinite"} <= first.keys()
+    assert (prepared / "rl.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_other_settings_of_the_fit_do_not_cost_the_trained_synthesizer(rl, prepared, tiny_folder, capsys):
     rl.main(rl_arguments(prepared, tiny_folder, "--steps", "1"))
     before = adapter_of(prepared / "models" / "synthesizer")
@@ -260,8 +373,6 @@ def test_training_can_be_continued_to_more_steps(rl, prepared, tiny_folder, tmp_
     shutil.copytree(prepared, whole)
     rl.main(rl_arguments(whole, tiny_folder, "--steps", "4"))
     rl.main(rl_arguments(prepared, tiny_folder, "--steps", "2"))
-    shutil.rmtree(prepared / "models")
-    (prepared / "traces" / "recon-grpo.jsonl").unlink()
     rl.main(rl_arguments(prepared, tiny_folder, "--steps", "4"))
     one, other = (adapter_of(run / "models" / "synthesizer") for run in (whole, prepared))
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -272,11 +383,87 @@ def test_a_group_without_variance_is_skipped_and_counted(rl, tiny, numbers):
     adapted = common.add_adapter(model, 4, 0)
     optimizer = torch.optim.AdamW([weight for weight in adapted.parameters() if weight.requires_grad], lr=1e-2)
     groups = [(random_ids(numbers, 3, 9), [random_ids(numbers, 2, 5) for _ in range(3)]) for _ in range(2)]
-    args = argparse.Namespace(temperature=1.0)
+    args = grpo_arguments()
     row = rl.update(adapted, optimizer, groups, [[0.0] * 3, [0.0] * 3], args)
     assert row["zero_variance"] == 1 and row["adapter_change"] == 0 and row["grad_norm"] == 0
     row = rl.update(adapted, optimizer, groups, [[0.0] * 3, [1.0, -0.5, -0.5]], args)
     assert row["zero_variance"] == 0.5 and row["adapter_change"] > 0
+
+
+@pytest.mark.parametrize("lost", [1, None])
+def test_a_missing_reward_takes_no_part_and_is_never_taken_for_zero(rl, prepared, tiny_folder, monkeypatch, capsys, lost):
+    """A score that is not a number must neither pull the group's mean nor earn an advantage; also if all are missing."""
+    assert rl.gate([0.2, None, -0.4], [0, 0.5, 0], 2.0) == [0.2, None, -0.4] and rl.gate([0.2, None], [0.5, 0], 1.0) == [-0.5, None]
+    score, update, seen = rl.likelihood_scores, rl.update, []
+
+    def lossy(*args):
+        scores, logprobs = score(*args)
+        for row in scores if lost is None else scores[lost:lost + 1]:
+            row["unsaid"] = row["likelihood"] = float("nan")
+        return scores, logprobs
+
+    def watched(model, optimizer, groups, advantages, args):
+        seen.append((groups, advantages))
+        return update(model, optimizer, groups, advantages, args)
+
+    monkeypatch.setattr(rl, "likelihood_scores", lossy)
+    monkeypatch.setattr(rl, "update", watched)
+    rl.main(rl_arguments(prepared, tiny_folder, "--steps", "1"))
+    (groups, advantages), = seen
+    left = 0 if lost is None else 2
+    assert all(len(some) == len(completions) == left and abs(sum(some)) < 1e-6 for some, (_, completions) in zip(advantages, groups))
+    step, printed = common.read_rows(prepared / "rl.jsonl")[0], capsys.readouterr().out
+    assert step["missing_rewards"] == 2 * (3 - left) and f"{2 * (3 - left)} rewards were missing" in printed
+    assert (step["adapter_change"] > 0) == bool(left) and (step["reward"] is None) == (not left) and ("nothing to compare" in printed) == (not left)
+
+
+def test_empty_and_unfinished_and_formless_traces_rank_below_the_others(rl, tiny, tiny_folder, monkeypatch):
+    model, tokenizer = tiny
+    texts = ["Sam feels tired of the weeds.", "", "I feel tired.", "Sam feels tired and", "Sam feels tired of gardens."]
+    group = [common.Completion(tokenizer.encode(text), finished=place != 3, end=1) for place, text in enumerate(texts)]
+    args = argparse.Namespace(reward="specific", leak_penalty=0.5, reword_penalty=0.5)
+    pair, other = make_pair(), make_pair("d/1", "nobody knows what the price of a ticket to rome is")
+    monkeypatch.setattr(rl, "guard_traces", lambda encoder, traces, action, context: [{"leak": 0.0, "reworded": 0.0, "stopped": False} for _ in traces])
+    rows, = rl.rate_recon(common.add_adapter(model, 4, 0), tokenizer, None, [pair], [other], [group], args)
+    assert [row["malformed"] for row in rows] == [False, True, True, True, False]
+    rl.gate_rows(rows, args.leak_penalty)
+    assert max(rows[place]["reward"] for place in (1, 2, 3)) < min(rows[place]["reward"] for place in (0, 4))
+    assert rows[0]["reward"] == pytest.approx(rows[0]["score"] - rows[0]["other"])
+
+
+def test_specific_credits_what_a_trace_adds_to_its_own_action_alone(rl, tiny, monkeypatch):
+    """score and other are stage 3's own scores of the same trace, on the pair and on the other pair."""
+    model, tokenizer = tiny
+    pair, other = make_pair(), make_pair("d/1", "nobody knows what the price of a ticket to rome is")
+    trace, adapted = "Sam feels tired of the weeds.", common.add_adapter(model, 4, 0)
+    group = [common.Completion(tokenizer.encode(trace), True, 1)]
+    monkeypatch.setattr(rl, "guard_traces", lambda *args: [{"leak": 0.0, "reworded": 0.2, "stopped": False}])
+    args = argparse.Namespace(reward="specific", leak_penalty=0.5, reword_penalty=0.5)
+    (row,), = rl.rate_recon(adapted, tokenizer, None, [pair], [other], [group], args)
+    adapted.unload()
+    own, foreign = (common.likelihood_scores(model, tokenizer, some, [trace])[0][0]["unsaid"] for some in (pair, other))
+    assert row["reward"] == pytest.approx(own - foreign - 0.5 * 0.2, abs=1e-5)
+    args.reward = "likelihood"
+    adapted = common.add_adapter(model, 4, 0)
+    (row,), = rl.rate_recon(adapted, tokenizer, None, [pair], [other], [group], args)
+    adapted.unload()
+    assert row["reward"] == pytest.approx(common.likelihood_scores(model, tokenizer, pair, [trace])[0][0]["likelihood"], abs=1e-5) and row["fault"] == 0
+    assert row["score"] == pytest.approx(own, abs=1e-5)                       # measured alike whatever is rewarded
+
+
+def test_the_other_pair_is_of_another_conversation_and_stays_the_same_for_a_seed(rl):
+    pairs = [make_pair(f"{conversation}/{turn}") for conversation in "cde" for turn in range(3)]
+    chosen = rl.other_pairs(pairs, pairs, 5)
+    assert all(other["conversation"] != pair["conversation"] for pair, other in zip(pairs, chosen)) and chosen == rl.other_pairs(pairs, pairs, 5)
+    assert rl.other_pairs(pairs[:1], pairs[:3], 5)[0]["id"] in ("c/1", "c/2")
+
+
+@pytest.mark.parametrize("text, form", [
+    ("Sam is worried about the exam and wants to sleep.", True), ("Sam hopes that Alex comes along.", True),
+    ("Sam is worried about the exam.", True), ("Sam misses the sea.", True), ("I am worried about the exam.", False), ("You should know that Sam is sad.", False), ("We all know Sam.", False), ("Sam thinks you should go.", False), ("Sam: worried about the exam", False),
+    ('Sam feels "so tired".', False), ("Sam feels tired.\nSam: hello", False), ("The exam is tomorrow.", False), ("Sam has an exam tomorrow at noon.", False), ("", False)])
+def test_a_trace_is_about_sam_in_the_third_person_and_names_something_that_minds_do(text, form):
+    assert common.is_trace(text) == form
 
 
 def test_e2e_continues_from_an_adapter_and_says_so_if_there_is_none(rl, sft, prepared, tiny, tiny_folder, capsys):
@@ -291,4 +478,8 @@ def test_e2e_continues_from_an_adapter_and_says_so_if_there_is_none(rl, sft, pre
     rl.main(rl_arguments(prepared, tiny_folder, "--steps", "1", "--objective", "e2e"))
     rows = [row for row in common.read_rows(prepared / "rl.jsonl") if row["objective"] == "e2e"]
     assert rows and (prepared / "models" / "e2e-grpo" / "adapter_model.safetensors").is_file()
+    rl.main(rl_arguments(prepared, tiny_folder, "--steps", "1", "--objective", "e2e", "--kl", "0.5", "--updates", "2", "--overwrite"))
+    row = [row for row in common.read_rows(prepared / "rl.jsonl") if row["objective"] == "e2e"][0]
+    assert row["kl"] is not None and abs(row["kl"]) < 1                     # measured from the adapter it started from, not from the base
+    assert {path.name for path in (prepared / "models" / "e2e-grpo").iterdir()} >= {"adapter_model.safetensors"} and not (prepared / "models" / "e2e-grpo" / "reference").exists()
     json.dumps(rows)
