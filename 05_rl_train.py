@@ -177,14 +177,15 @@ def policy_loss(logprobs: torch.Tensor, old: torch.Tensor, reference: torch.Tens
     """GRPO's loss of each token; all arguments and the result are [tokens].
 
     The ratio p / p_old is clipped to 1 ± clip where that lowers the objective. On policy it is 1 and the loss is minus the
-    advantage: near 0 in the sum, but its gradient is that of -advantage * log p. The KL term is the estimator
-    exp(q) - q - 1 with q = log p_reference - log p, as in GRPO's paper.
+    advantage: near 0 in the sum, but its gradient is that of -advantage * log p. The KL term is GRPO's estimator
+    exp(q) - q - 1 with q = log p_reference - log p, times the ratio: without it the gradient is not that of the
+    divergence (arXiv 2512.02556; TRL's default).
     """
     ratio = (logprobs - old).exp()
     loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     if reference is not None:
         gap = reference - logprobs
-        loss = loss + kl * (gap.exp() - gap - 1)
+        loss = loss + kl * ratio * (gap.exp() - gap - 1)
     return loss
 
 

@@ -187,7 +187,7 @@ def test_the_loss_clips_the_ratio_only_where_that_lowers_the_objective_and_adds_
         ratio = torch.tensor(p - q).exp().item()
         objective = min(ratio * a, min(max(ratio, 0.8), 1.2) * a)
         divergence = torch.tensor(r - p).exp().item() - (r - p) - 1
-        assert value == pytest.approx(-objective + 0.3 * divergence, abs=1e-5) and divergence >= 0
+        assert value == pytest.approx(-objective + 0.3 * ratio * divergence, abs=1e-5) and divergence >= 0
     torch.testing.assert_close(rl.policy_loss(logprobs, old, None, advantages, 0.2, 0.3), rl.policy_loss(logprobs, old, None, advantages, 0.2, 0.0))
 
 
