@@ -5,8 +5,8 @@
 Sampling: 4 traces for each of 8 real pairs, greedy, exactly 32 tokens each: `common.generate` against transformers'
 `generate` on the left-padded batch of all 32 prompts. Scoring: 8 traces over a context of 512 tokens:
 `common.packed_logprobs` against the padded batch of 8 rows and against one row at a time, logits at the scored
-positions only for all three; with suffixes of 48 tokens (a trace of 32 and an action of 16) and of 80 (with the words of
-the default prompt around them). Every way is run three times in turn and the fastest counts. Prints one JSON object last.
+positions only for all three; with suffixes of 48 tokens (a trace of 32 and an action of 16) and of 80 (with words of a
+prompt around them). Every way is run three times in turn and the fastest counts. Prints one JSON object last.
 """
 
 import importlib
