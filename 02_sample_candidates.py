@@ -11,16 +11,16 @@ How to run it:
     python 02_sample_candidates.py                        4 traces for each pair of runs/demo
     python 02_sample_candidates.py --model Qwen/Qwen3-8B  with another synthesizer (4 bits on a GPU)
 
-Departures from the paper: N = 4 is the paper's; the prompt, with two worked examples because the embedded model is
-small, the temperature and min-p are ours. Test pairs get candidates too, to be looked at in the report; only the
+Departures from the paper: N = 4 is the paper's; the prompt, with worked examples because the embedded model is small, the
+temperature and min-p are ours. A trace that meets the token limit loses the sentence it was in the middle of. Test pairs get candidates too, to be looked at in the report; only the
 train split is ever learnt from.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-from common import (MIN_P, PAIR_KEYS, Row, append_rows, batches_by_length, begin_output, begin_run, closing_line, decode, finished_rows, fraction,
-                    generate, load_model, made_with, positive_int, progress, read_pairs, seed_of, stage_arguments, synthesis_prompt)
+from common import (MIN_P, PAIR_KEYS, Row, append_rows, batches_by_length, begin_output, begin_run, closing_line, finished_rows, fraction,
+                    generate, load_model, made_with, positive_int, progress, read_pairs, seed_of, stage_arguments, synthesis_prompt, trace_of)
 
 
 def sample_traces(model: Any, tokenizer: Any, pairs: Sequence[Row], n: int, max_tokens: int, temperature: float,
@@ -34,7 +34,7 @@ def sample_traces(model: Any, tokenizer: Any, pairs: Sequence[Row], n: int, max_
     groups = [(prompt[:-1], [prompt[-1:]] * n) for prompt in prompts]
     seeds = [seed_of(seed, pair["id"], k) for pair in pairs for k in range(n)]
     completions = generate(model, tokenizer, groups, max_tokens, seeds, temperature, min_p)
-    candidates = [{"trace": decode(tokenizer, c), "finished": c.finished, "tokens": len(c.ids)} for c in completions]
+    candidates = [{"trace": trace_of(tokenizer, c), "finished": c.finished, "tokens": len(c.ids)} for c in completions]
     return [candidates[start:start + n] for start in range(0, len(candidates), n)]
 
 

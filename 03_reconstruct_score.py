@@ -46,7 +46,7 @@ from typing import Any
 from common import (ASPECTS, Group, Row, append_rows, batches_by_length, begin_output, begin_run, bootstrap_interval, check_made_from,
                     clean_action, closing_line, cut_context, decode, digit_tokens, discard, embed, encode_data, encode_prompt, finished_rows, generate, guard_traces,
                     judge_locally, judge_remotely, likelihood_scores, load_encoder, load_model, made_with, positive_int, progress, read_candidates,
-                    read_pairs, reconstruction_prompt, seed_of, show_context, stage_arguments, stop, write_text)
+                    other_pairs, read_pairs, reconstruction_prompt, seed_of, show_context, stage_arguments, stop, write_text)
 
 SCORERS = ("likelihood", "embedding", "judge")
 Judge = Callable[[str, str, Sequence[str]], tuple[list[dict[str, float]] | None, int]]  # (context, action, guesses) -> (ratings, calls)
@@ -255,18 +255,11 @@ def room_in_window(model: Any, tokenizer: Any, prompt: str, tokens: int) -> int:
 
 
 def choose_controls(work: Sequence[Row], pairs: Sequence[Row], found: dict[str, Row]) -> dict[str, Row]:
-    """{id, trace, tokens} for each pair of `work`: the first candidate of the next of `pairs` in a fixed circle.
-
-    It is a pair of another conversation, or, if there is but one, another pair of the same.
-    """
-    circle = sorted(pairs, key=lambda pair: seed_of("control", pair["id"]))
-    if work and len(circle) < 2:
+    """{id, trace, tokens} for each pair of `work`: the first candidate of another of `pairs` (see common.other_pairs)."""
+    if work and len(pairs) < 2:
         stop("one pair is not enough: each pair's control is the trace of another pair")
-    places = {pair["id"]: place for place, pair in enumerate(circle)}
     chosen = {}
-    for pair in work:
-        others = (*circle[places[pair["id"]] + 1:], *circle[:places[pair["id"]]])
-        other = next((other for other in others if other["conversation"] != pair["conversation"]), others[0])
+    for pair, other in zip(work, other_pairs(work, pairs, "control")):
         first = found[other["id"]]["candidates"][0]
         chosen[pair["id"]] = {"id": other["id"], "trace": first["trace"], "tokens": first["tokens"]}
     return chosen

@@ -21,10 +21,10 @@ How to run it:
 The reward of recon. A policy that sees the action will learn to hand it over, so each reward closes one more way:
 
     likelihood   the gain in likelihood minus a penalty on quoted 4-grams (naive, kept for comparison)
-    unsaid       credit only for what the trace did not say; a trace that the leak guard stops, that did not end, or that is
-                 not about Sam's mind in the third person falls below every honest one of its group
-    specific     the same, minus what the trace adds to another pair's action (so text that helps any action earns
-                 nothing) and minus a little for every bit of rewording (default)
+    unsaid       credit only for what the trace did not say; a trace that the leak guard stops, or that is not in
+                 whole sentences about Sam's mind in the third person, earns less than the average honest one of its group
+    specific     the same, minus what the trace adds to another pair's action, so text that helps any action earns
+                 nothing (default)
 
 How it differs from textbook GRPO (arXiv 2402.03300): by default one update a rollout, so there is no ratio to clip
 (--updates brings both back), no KL term (--kl does), and the advantage is reward minus group mean without the division by
@@ -52,9 +52,9 @@ from safetensors.torch import load_file, save_file
 
 from common import (END_THINK, MIN_P, Completion, Group, Row, add_adapter, append_rows, batches_by_length, begin_output, begin_run, check_adapter,
                     check_made_from, check_record, clean_action, clip_gradients, closing_line, decode, discard, dump_row, embed, finished_rows, first_difference, fraction,
-                    generate, given_away, guard_traces, is_trace, leak_share, likelihood_scores, load_encoder, load_model, made_with, packed_logits,
+                    generate, given_away, guard_traces, is_trace, leak_share, likelihood_scores, load_encoder, load_model, made_with, other_pairs, packed_logits,
                     positive_float, positive_int, progress, read_pairs, read_prefix, read_rows, record_of, replace_folder, save_adapter, seed_of, show_context,
-                    stage_arguments, stop, synthesis_prompt, user_prompt, write_text)
+                    stage_arguments, stop, synthesis_prompt, trace_of, user_prompt, write_text)
 
 sample_candidates = importlib.import_module("02_sample_candidates")
 select_sft = importlib.import_module("04_select_sft")
@@ -73,18 +73,28 @@ def finite(value: float) -> float | None:
 
 
 def gate(rewards: Sequence[float | None], faults: Sequence[float], penalty: float) -> list[float | None]:
-    """Rewards of one group: an honest trace keeps its own, a faulty one falls below every honest one of the group.
+    """Rewards of one group: an honest trace keeps its own, a faulty one never earns as much as the average honest one.
 
-    gate([0.2, 3.0, -0.1], [0, 0.5, 0], penalty=2) is [0.2, -1.1, -0.1]: the floor -0.1 minus 2 * 0.5.
+    gate([0.2, 3.0, -0.1], [0, 0.5, 0], penalty=0.2) is [0.2, -0.05, -0.1]: the honest mean 0.05 minus 0.2 * 0.5. Not below
+    every honest one: traces near the action are often stopped, and a cliff there taught the policy to keep away from the
+    action altogether (README, "What did not work").
     """
-    floor = min([0.0, *(reward for reward, fault in zip(rewards, faults) if fault == 0 and reward is not None)])
-    return [reward if fault == 0 or reward is None else floor - penalty * fault for reward, fault in zip(rewards, faults)]
+    honest = [reward for reward, fault in zip(rewards, faults) if fault == 0 and reward is not None]
+    most = sum(honest) / len(honest) if honest else 0.0
+    return [reward if fault == 0 or reward is None else min(reward, most) - penalty * fault for reward, fault in zip(rewards, faults)]
 
 
 def gate_rows(rows: Sequence[Row], penalty: float) -> None:
     """Put gate's rewards of one group into its rows."""
     for row, reward in zip(rows, gate([row["reward"] for row in rows], [row["fault"] for row in rows], penalty)):
         row["reward"] = reward
+
+
+def look_at_traces(encoder: Any, traces: Sequence[str], pair: Row) -> list[Row]:
+    """{leak, leak_1, reworded, stopped, malformed} of each trace of a pair: the ways to earn a score without a reason."""
+    context = show_context(pair)
+    return [row | {"leak_1": leak_share(trace, pair["action"], context, 1), "malformed": not is_trace(trace)}
+            for row, trace in zip(guard_traces(encoder, traces, pair["action"], context), traces)]
 
 
 def rate_recon(model: Any, tokenizer: Any, encoder: Any, pairs: Sequence[Row], others: Sequence[Row], completions: Completions, args: argparse.Namespace) -> list[list[Row]]:
@@ -96,13 +106,12 @@ def rate_recon(model: Any, tokenizer: Any, encoder: Any, pairs: Sequence[Row], o
     rated = []
     with model.disable_adapter():
         for pair, foreign, group in zip(pairs, others, completions):
-            traces, context = [decode(tokenizer, completion) for completion in group], show_context(pair)
+            traces = [trace_of(tokenizer, completion) for completion in group]
             own, elsewhere = (likelihood_scores(model, tokenizer, some, traces)[0] for some in (pair, foreign))
-            rows = guard_traces(encoder, traces, pair["action"], context)
-            for row, trace, completion, here, there in zip(rows, traces, group, own, elsewhere):
-                row |= {"leak_1": leak_share(trace, pair["action"], context, 1), "malformed": not (completion.finished and is_trace(trace))}
+            rows = look_at_traces(encoder, traces, pair)
+            for row, here, there in zip(rows, own, elsewhere):
                 rewards = {"likelihood": here["likelihood"] - args.leak_penalty * row["leak"], "unsaid": here["unsaid"],
-                           "specific": here["unsaid"] - there["unsaid"] - args.reword_penalty * row["reworded"]}
+                           "specific": here["unsaid"] - there["unsaid"]}
                 row |= {"reward": finite(rewards[args.reward]), "score": finite(here["unsaid"]), "other": finite(there["unsaid"])}
                 row["fault"] = 0.0 if args.reward == "likelihood" else max(given_away(row), 0.5 * row["malformed"])
             rated.append(rows)
@@ -122,16 +131,6 @@ def rate_e2e(model: Any, tokenizer: Any, encoder: Any, pairs: Sequence[Row], oth
                          "malformed": not action, "fault": 0.0})
         rated.append(rows)
     return rated
-
-
-def other_pairs(pairs: Sequence[Row], pool: Sequence[Row], *seed: object) -> list[Row]:
-    """For each pair another one of `pool`, of another conversation where there is one: its action is what a trace should not fit."""
-    chosen = []
-    for pair in pairs:
-        others = [other for other in pool if other["id"] != pair["id"]]
-        others = [other for other in others if other["conversation"] != pair["conversation"]] or others or [pair]
-        chosen.append(random.Random(seed_of("other", *seed, pair["id"])).choice(others))
-    return chosen
 
 
 # ------------------------------------------------------------------------------------------------
@@ -267,7 +266,7 @@ def average(rows: Sequence[Row], key: str) -> float | None:
 
 
 def save_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer, step: int, record: Row) -> None:
-    """Adapter, optimizer state and step number. The noise needs no saving: it is drawn from (seed, step, pair)."""
+    """Adapter, optimizer state and step number. The noise needs no saving: its seeds are made of the step and the place in it."""
     state = {f"{place}.{key}": value for place, entry in optimizer.state_dict()["state"].items() for key, value in entry.items()}
     temporary = folder.with_name(folder.name + ".new")
     save_adapter(model, temporary, record)
@@ -290,19 +289,22 @@ def validate(model: Any, tokenizer: Any, encoder: Any, prompt_of: Callable, rate
     """The same measurements on fixed held-out pairs, of greedy completions (val_…) and of sampled ones (val_sampled_…).
 
     `specific` is what a trace adds to its own pair's action minus what it adds to another pair's; `auc` is the share of
-    pairs whose own trace scores above the other's. For `reward` all held-out pairs are gated as one group.
+    such comparisons on one action that its own trace wins. For `reward` all held-out pairs are gated as one group.
     """
     row: Row = {}
+    prompts = {pair["id"]: prompt_of(pair) for pair in pairs}
+    others = other_pairs(pairs, pairs, "val")
     for kind in ("val", "val_sampled"):
         completions: dict[str, list[Completion]] = {}
-        for batch in batches_by_length(pairs, lambda pair: len(prompt_of(pair)), 16):
+        for batch in batches_by_length(pairs, lambda pair: len(prompts[pair["id"]]), 16):
             seeds = [] if kind == "val" else [seed_of(args.seed, "05 val", pair["id"]) for pair in batch]
-            completions |= zip((pair["id"] for pair in batch), rollout(model, tokenizer, [prompt_of(pair) for pair in batch], seeds, 1, args))
-        others = other_pairs(pairs, pairs, "val")
+            completions |= zip((pair["id"] for pair in batch), rollout(model, tokenizer, [prompts[pair["id"]] for pair in batch], seeds, 1, args))
         rows = sum(rate(model, tokenizer, encoder, pairs, others, [completions[pair["id"]] for pair in pairs], args), [])
         gate_rows(rows, args.leak_penalty)
         own = {pair["id"]: some["score"] for pair, some in zip(pairs, rows)}
-        for other, some in zip(others, rows):
+        for pair, other, some in zip(pairs, others, rows):
+            if other["id"] == pair["id"]:                     # a pair alone has nothing to be held against
+                some["other"] = None
             some["specific"] = None if None in (some["score"], some["other"]) else some["score"] - some["other"]
             some["auc"] = None if None in (own[other["id"]], some["other"]) else (own[other["id"]] > some["other"]) + 0.5 * (own[other["id"]] == some["other"])
         row |= {f"{kind}_{name}": average(rows, name) for name in (*MEASURED, "specific", "auc")}
@@ -331,12 +333,11 @@ def draw_curves(log: Sequence[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
-def train(base: Any, tokenizer: Any, pairs: Sequence[Row], held_out: Sequence[Row], args: argparse.Namespace, target: Path, record: Row, so_far: Row) -> int:
+def train(base: Any, tokenizer: Any, encoder: Any, pairs: Sequence[Row], held_out: Sequence[Row], args: argparse.Namespace, target: Path, record: Row, so_far: Row) -> int:
     """Train the adapter of `target` for args.steps steps; returns how many tokens were sampled.
 
     `record` is that of the finished adapter, `so_far` that of its checkpoints, which may be continued to more steps.
     """
-    encoder = load_encoder(args.encoder)
     recon = args.objective == "recon"
     rate = rate_recon if recon else rate_e2e
     prompt_of = (lambda pair: synthesis_prompt(tokenizer, pair)) if recon else (lambda pair: user_prompt(tokenizer, pair, thinking=True))
@@ -365,7 +366,8 @@ def train(base: Any, tokenizer: Any, pairs: Sequence[Row], held_out: Sequence[Ro
         clock = time.monotonic()
         batch = order[step * args.prompts:(step + 1) * args.prompts]
         seeds = [seed_of(args.seed, "05", args.objective, step, place, k) for place in range(len(batch)) for k in range(args.group)]
-        completions = rollout(model, tokenizer, [prompt_of(pair) for pair in batch], seeds, args.group, args)
+        prompts = [prompt_of(pair) for pair in batch]
+        completions = rollout(model, tokenizer, prompts, seeds, args.group, args)
         sampling, clock = time.monotonic() - clock, time.monotonic()
         rated = rate(model, tokenizer, encoder, batch, other_pairs(batch, pairs, args.seed, step), completions, args)
         for rows in rated:
@@ -373,7 +375,7 @@ def train(base: Any, tokenizer: Any, pairs: Sequence[Row], held_out: Sequence[Ro
         rewarding, clock = time.monotonic() - clock, time.monotonic()
         # A completion whose reward is missing takes no part: neither in its group's mean nor in the loss.
         present = [[(completion, row["reward"]) for completion, row in zip(group, rows) if row["reward"] is not None] for group, rows in zip(completions, rated)]
-        groups = [(prompt_of(pair), [tokens_of(completion) for completion, _ in some]) for pair, some in zip(batch, present)]
+        groups = [(prompt, [tokens_of(completion) for completion, _ in some]) for prompt, some in zip(prompts, present)]
         advantages = [group_advantages([reward for _, reward in some], args.std_norm) if some else [] for some in present]
         for parameters in optimizer.param_groups:
             parameters["lr"] = args.lr * min(1.0, (step + 1) / args.warmup)
@@ -381,7 +383,8 @@ def train(base: Any, tokenizer: Any, pairs: Sequence[Row], held_out: Sequence[Ro
         rewards = [row["reward"] for row in flat if row["reward"] is not None]
         row |= {name: average(flat, name) for name in MEASURED}
         row |= {"reward_std": torch.tensor(rewards).std().item() if len(rewards) > 1 else None, "missing_rewards": len(flat) - len(rewards),
-                "length": sum(lengths) / len(lengths), "empty": lengths.count(0)}
+                "length": sum(lengths) / len(lengths),
+                "unfinished": sum(not completion.finished for group in completions for completion in group) / len(flat), "empty": lengths.count(0)}
         row |= update(model, optimizer, groups, advantages, args)
         row |= {"lr": optimizer.param_groups[0]["lr"], "seconds_sampling": round(sampling, 2), "seconds_reward": round(rewarding, 2),
                 "seconds_update": round(time.monotonic() - clock, 2)}
@@ -416,11 +419,10 @@ def print_course(lines: Sequence[Row]) -> None:
             print(f"{count} {what}")
 
 
-def write_traces(base: Any, tokenizer: Any, pairs: Sequence[Row], args: argparse.Namespace, synthesizer: Path, path: Path, record: Row) -> list[Row]:
+def write_traces(base: Any, tokenizer: Any, encoder: Any, pairs: Sequence[Row], args: argparse.Namespace, synthesizer: Path, path: Path, record: Row) -> list[Row]:
     """The trained synthesizer's traces for `pairs`: the first of --retries that passes the leak guard, else the one that gives least away."""
     rows = finished_rows(path, record, args.overwrite, ("id", "trace", "score", "leak", "stopped"), [pair["id"] for pair in pairs])
     begin_output(path, record, args.overwrite)
-    encoder = load_encoder(args.encoder)
     model = add_adapter(base, args.rank, args.seed, synthesizer)
     for batch in progress(batches_by_length(pairs, lambda pair: len(synthesis_prompt(tokenizer, pair)), args.trace_batch), "traces by the trained synthesizer"):
         if all(pair["id"] in rows for pair in batch):
@@ -460,16 +462,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--init-adapter", type=Path, metavar="DIR", help="adapter to continue from (default: none for recon, RUN/models/backward for e2e)")
     group = parser.add_argument_group("reward")
     group.add_argument("--reward", default="specific", choices=("specific", "unsaid", "likelihood"), help="what recon rewards, see above (default: %(default)s)")
-    group.add_argument("--leak-penalty", type=positive_float, default=0.5, help="how far a trace that gives all away falls below the honest ones of its group, nats a token; "
+    group.add_argument("--leak-penalty", type=positive_float, default=0.1, help="how far a trace that gives all away falls below the average honest one of its group, nats a token; "
                        "with --reward likelihood what it loses (default: %(default)s)")
-    group.add_argument("--reword-penalty", type=fraction, default=0.5, help="what specific takes off for a rewording of 1, nats a token (default: %(default)s)")
     group.add_argument("--encoder", default="embedded", metavar="NAME", help="sentence encoder that rewards e2e and guards recon (default: %(default)s)")
     group = parser.add_argument_group("GRPO")
     group.add_argument("--steps", type=positive_int, default=2, help="optimizer steps; a real run takes 100 and more (default: %(default)s)")
     group.add_argument("--prompts", type=positive_int, default=2, help="prompts a step; a real run takes 8 and more (default: %(default)s)")
     group.add_argument("--group", type=positive_int, default=4, help="completions a prompt (default: %(default)s)")
     group.add_argument("--max-new-tokens", type=positive_int, help="tokens in a completion, at most (default: 40 for recon, 72 for e2e)")
-    group.add_argument("--temperature", type=positive_float, default=1.0, help="of sampling and of the policy that is updated (default: %(default)s)")
+    group.add_argument("--temperature", type=positive_float, default=0.7, help="of sampling and of the policy that is updated (default: %(default)s)")
     group.add_argument("--lr", type=positive_float, default=2e-4, help="learning rate of AdamW (default: %(default)s)")
     group.add_argument("--warmup", type=positive_int, default=2, help="steps over which the learning rate rises (default: %(default)s)")
     group.add_argument("--std-norm", action="store_true", help="divide advantages by their group's standard deviation")
@@ -500,6 +501,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     pairs = [pair for pair in pairs if pair["split"] == "train"][:args.limit]
     if not pairs or not held_out:
         stop(f"{source} needs pairs of the splits train and val; run 01_prepare.py with more pairs")
+    if len(pairs) < 2 and args.objective == "recon" and args.reward == "specific":
+        stop("one pair of the train split is not enough for --reward specific, which holds a trace against another pair's action")
     inputs = [source]
     if args.init_adapter:
         check_adapter(args.init_adapter, args.model)
@@ -521,14 +524,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if trained and args.objective == "e2e":
         print(f"05_rl_train: {target} is already made")
         return
-    model = tokenizer = None
+    model = tokenizer = encoder = None
     tokens = 0
     if not trained:
         model, tokenizer = load_model(args.model, args.four_bit)
+        encoder = load_encoder(args.encoder)
         remade = [target, args.run / "rl" / args.objective, *([traces, arm] if args.objective == "recon" else [])]
         for old in remade if args.overwrite else []:
             discard(old)
-        tokens += train(model, tokenizer, pairs, held_out, args, target, record, so_far)
+        tokens += train(model, tokenizer, encoder, pairs, held_out, args, target, record, so_far)
     if args.objective == "recon":
         by_id = {pair["id"]: pair for pair in pairs}
         adapter = target / "adapter_model.safetensors"
@@ -540,7 +544,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         if model is None:
             model, tokenizer = load_model(args.model, args.four_bit)
-        chosen = write_traces(model, tokenizer, pairs, args, target, traces, of_traces)
+            encoder = load_encoder(args.encoder)
+        chosen = write_traces(model, tokenizer, encoder, pairs, args, target, traces, of_traces)
         examples = [select_sft.user_example(tokenizer, by_id[row["id"]], row["trace"]) for row in chosen]
         losses, read = select_sft.fit_user_model(model, examples, args, arm, of_arm)
         print(select_sft.describe("recon-grpo", chosen, "unsaid", losses))

@@ -232,6 +232,21 @@ def record_of(output: Path) -> Row:
     return record
 
 
+def other_pairs(pairs: Sequence[Row], pool: Sequence[Row], *seed: object) -> list[Row]:
+    """For each of `pairs` the next one of `pool` in a circle drawn from `seed`, of another conversation where there is one.
+
+    What belongs to it (its action, its traces) is what the pair's own is held against. A pair alone in `pool` gets itself.
+    """
+    circle = sorted(pool, key=lambda pair: seed_of(*seed, pair["id"]))
+    places = {pair["id"]: place for place, pair in enumerate(circle)}
+    chosen = []
+    for pair in pairs:
+        place = places[pair["id"]]
+        later = [*circle[place + 1:], *circle[:place]]
+        chosen.append(next((other for other in later if other["conversation"] != pair["conversation"]), later[0] if later else pair))
+    return chosen
+
+
 def check_made_from(output: Path, source: Path, stage: str) -> None:
     """Stop if `output` was made from an earlier `source`: ids stay the same when contexts or splits change."""
     if output.exists() and record_of(output).get("inputs", {}).get(source.name) != file_hash(source):
@@ -772,6 +787,16 @@ def decode(tokenizer: Any, completion: Completion) -> str:
     return tokenizer.decode(completion.ids, skip_special_tokens=True).strip()
 
 
+SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
+
+
+def trace_of(tokenizer: Any, completion: Completion) -> str:
+    """The trace in a completion; one that met the token limit loses the sentence it was in the middle of, unless none is whole."""
+    text = decode(tokenizer, completion)
+    ends = [found.end() for found in SENTENCE_END.finditer(text)]
+    return text if completion.finished or not ends else text[:ends[-1]]
+
+
 def clean_action(text: str) -> str:
     """A written action: its first line (an action is one turn, a single line) without a 'Sam:' in front."""
     return text.strip().removeprefix(f"{PERSON}:").strip().partition("\n")[0].strip()
@@ -837,8 +862,7 @@ def packed_logits(model: Any, prefix: list[int], suffixes: Sequence[list[int]], 
     return logits.float(), [torch.tensor([index[place] for place in some], device=device, dtype=torch.long) for some in places]
 
 
-def packed_logprobs(model: Any, groups: Sequence[Group], starts: Sequence[Sequence[int]] | None = None,
-                    temperature: float = 1.0) -> list[list[torch.Tensor]]:
+def packed_logprobs(model: Any, groups: Sequence[Group], starts: Sequence[Sequence[int]] | None = None) -> list[list[torch.Tensor]]:
     """log p(token | prefix, earlier tokens of its suffix) for each suffix of each group, in float32.
 
     See packed_logits for `starts`. Result [g][s] has shape [len(suffix) - start]. Differentiable.
@@ -846,7 +870,6 @@ def packed_logprobs(model: Any, groups: Sequence[Group], starts: Sequence[Sequen
     results = []
     for g, (prefix, suffixes) in enumerate(groups):
         logits, rows = packed_logits(model, prefix, suffixes, starts and starts[g])
-        logits = logits / temperature
         normaliser = logits.logsumexp(-1)                                               # [places]
         results.append([logits[at, torch.tensor(suffix[len(suffix) - len(at):], device=logits.device, dtype=torch.long)] - normaliser[at]
                         for suffix, at in zip(suffixes, rows)])
@@ -927,7 +950,7 @@ def guard_traces(encoder: tuple[Any, Any], traces: Sequence[str], action: str, c
     return rows
 
 
-# A trace says what goes on in Sam: it names Sam and something that minds do, and speaks neither as Sam nor to anyone.
+# A trace says what goes on in Sam: it names Sam and something that minds do, in whole sentences, and speaks neither as Sam nor to anyone.
 MIND = re.compile(r"""\b(?:admir|afraid|amaz|amus|ang(?:er|r)|annoy|anxious|appreciat|asham|believ|bored|bother|calm|car(?:es?|ing|ed)\b|cheer|comfort|concern|confiden|
     confus|content|curious|dislik|disappoint|doubt|dread|eager|embarrass|enjoy|enthus|env(?:y|ie|ious)|excit|expect|fear|feel|felt|fond|frustrat|glad|grateful|guilt|happ[iy]|hat(?:e|ing)|
     hesita|hop(?:e|ing)|hurt|imagin|impress|insecur|intend|intrigu|interest|jealous|joy|know|lik(?:es?|ed|ing)\b|lonel|look|lov(?:e|ing)|mind|miss|need|nervous|nostalg|overwhelm|pit(?:y|i)|plan(?:s|ned|ning)?\b|
@@ -937,8 +960,8 @@ OUTSIDE = re.compile(r"""\bI\b|\b(?:[Mm]e|[Mm]y|[Mm]yself|[Mm]ine|[Ww]e|us|[Oo]u
 
 
 def is_trace(text: str) -> bool:
-    """Does the text have a trace's form: about Sam's feelings, thoughts or wishes, in the third person, without quotes?"""
-    return PERSON in text and not OUTSIDE.search(text) and bool(MIND.search(text))
+    """Does the text have a trace's form: whole sentences about Sam's feelings, thoughts or wishes, in the third person, without quotes?"""
+    return PERSON in text and text.endswith((".", "!", "?")) and not OUTSIDE.search(text) and bool(MIND.search(text))
 
 
 def given_away(guarded: Row) -> float:

@@ -68,14 +68,9 @@ def measure_pairs(model: Any, tokenizer: Any, encoder: Any, pairs: list[dict], w
     for start in common.progress(range(0, len(pairs), 20), f"{what}: sampling"):
         found += sampling.sample_traces(model, tokenizer, pairs[start:start + 20], N, 40, 1.0, common.MIN_P, "benchmark")
     by_id = {pair["id"]: some for pair, some in zip(pairs, found)}
-    circle = sorted(pairs, key=lambda pair: common.seed_of("benchmark", pair["id"]))
-    other = {}
-    for place, pair in enumerate(circle):
-        later = circle[place + 1:] + circle[:place]
-        foreign = [candidate["id"] for candidate in later if candidate["conversation"] != pair["conversation"]]
-        if not foreign:
-            common.stop(f"{what}: the test split needs pairs of two conversations or more")
-        other[pair["id"]] = by_id[foreign[0]]
+    if len({pair["conversation"] for pair in pairs}) < 2:
+        common.stop(f"{what}: the test split needs pairs of two conversations or more")
+    other = {pair["id"]: by_id[foreign["id"]] for pair, foreign in zip(pairs, common.other_pairs(pairs, pairs, "benchmark"))}
     rows, logprobs = score_all(model, tokenizer, encoder, pairs, [[dict(c) for c in (*by_id[pair["id"]], *other[pair["id"]])] for pair in pairs], f"{what}: scoring")
     for pair, row, tokens in zip(pairs, rows, logprobs):
         more = aggregates(model, tokenizer, pair, [candidate["trace"] for candidate in row["candidates"]], tokens)

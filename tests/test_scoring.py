@@ -7,9 +7,9 @@ from conftest import make_pair, random_ids
 import common
 
 
-def slow_logprobs(model, prefix, suffix, temperature=1.0):
+def slow_logprobs(model, prefix, suffix):
     """The obvious version: one plain forward for one prefix and one suffix."""
-    logits = model(torch.tensor([prefix + suffix])).logits[0].float() / temperature
+    logits = model(torch.tensor([prefix + suffix])).logits[0].float()
     logprobs = logits.log_softmax(-1)
     return torch.stack([logprobs[len(prefix) + at - 1, token] for at, token in enumerate(suffix)])
 
@@ -22,11 +22,9 @@ def test_packed_logprobs_equal_one_row_at_a_time(tiny, numbers):
     model, _ = tiny
     groups = random_groups(numbers)
     with torch.no_grad():
-        for temperature in (1.0, 0.7):
-            packed = common.packed_logprobs(model, groups, temperature=temperature)
-            for (prefix, suffixes), rows in zip(groups, packed):
-                for suffix, row in zip(suffixes, rows):
-                    torch.testing.assert_close(row, slow_logprobs(model, prefix, suffix, temperature), atol=1e-5, rtol=1e-5)
+        for (prefix, suffixes), rows in zip(groups, common.packed_logprobs(model, groups)):
+            for suffix, row in zip(suffixes, rows):
+                torch.testing.assert_close(row, slow_logprobs(model, prefix, suffix), atol=1e-5, rtol=1e-5)
 
 
 def test_packed_logprobs_can_leave_out_the_start_of_a_suffix(tiny, numbers):

@@ -232,15 +232,15 @@ def test_a_loss_or_gradient_that_is_not_finite_moves_nothing_and_is_reported(rl,
     json.dumps(row, allow_nan=False)
 
 
-def test_leaking_traces_rank_below_every_honest_one_of_their_group(rl, numbers):
+def test_a_leaking_trace_never_earns_as_much_as_the_average_honest_one_of_its_group(rl, numbers):
     for _ in range(20):
         scores = [numbers.gauss(0, 1) for _ in range(6)]
         leaks = [numbers.choice([0.0, numbers.uniform(0.01, 1)]) for _ in range(6)]
         rewards = rl.gate(scores, leaks, 2.0)
         honest = [reward for reward, leak in zip(rewards, leaks) if leak == 0]
-        leaking = [reward for reward, leak in zip(rewards, leaks) if leak > 0]
+        leaking = [(reward, score, leak) for reward, score, leak in zip(rewards, scores, leaks) if leak > 0]
         assert honest == [score for score, leak in zip(scores, leaks) if leak == 0]
-        assert not honest or not leaking or max(leaking) < min(honest)
+        assert all(reward < score and reward <= sum(honest) / max(len(honest), 1) - 2.0 * leak + 1e-9 for reward, score, leak in leaking)
 
 
 def rl_arguments(run, tiny_folder, *more):
@@ -417,17 +417,25 @@ def test_a_missing_reward_takes_no_part_and_is_never_taken_for_zero(rl, prepared
     assert (step["adapter_change"] > 0) == bool(left) and (step["reward"] is None) == (not left) and ("nothing to compare" in printed) == (not left)
 
 
-def test_empty_and_unfinished_and_formless_traces_rank_below_the_others(rl, tiny, tiny_folder, monkeypatch):
+@pytest.mark.parametrize("written, trace", [("Sam is tired. Sam wants to", "Sam is tired."), ("Sam is tired and wants", "Sam is tired and wants"),
+                                            ("Is Sam tired? Sam is! Sam", "Is Sam tired? Sam is!"), ("Sam is sad. It costs 3.5", "Sam is sad.")])
+def test_a_trace_at_the_token_limit_loses_its_unfinished_sentence(tiny, written, trace):
+    _, tokenizer = tiny
+    assert common.trace_of(tokenizer, common.Completion(tokenizer.encode(written))) == trace
+    assert common.trace_of(tokenizer, common.Completion(tokenizer.encode(written), finished=True, end=1)) == written
+
+
+def test_empty_and_unfinished_and_formless_traces_earn_less_than_the_others(rl, tiny, tiny_folder, monkeypatch):
     model, tokenizer = tiny
     texts = ["Sam feels tired of the weeds.", "", "I feel tired.", "Sam feels tired and", "Sam feels tired of gardens."]
-    group = [common.Completion(tokenizer.encode(text), finished=place != 3, end=1) for place, text in enumerate(texts)]
-    args = argparse.Namespace(reward="specific", leak_penalty=0.5, reword_penalty=0.5)
+    group = [common.Completion(tokenizer.encode(text), finished=True, end=1) for text in texts]
+    args = argparse.Namespace(reward="specific", leak_penalty=0.5)
     pair, other = make_pair(), make_pair("d/1", "nobody knows what the price of a ticket to rome is")
     monkeypatch.setattr(rl, "guard_traces", lambda encoder, traces, action, context: [{"leak": 0.0, "reworded": 0.0, "stopped": False} for _ in traces])
     rows, = rl.rate_recon(common.add_adapter(model, 4, 0), tokenizer, None, [pair], [other], [group], args)
     assert [row["malformed"] for row in rows] == [False, True, True, True, False]
     rl.gate_rows(rows, args.leak_penalty)
-    assert max(rows[place]["reward"] for place in (1, 2, 3)) < min(rows[place]["reward"] for place in (0, 4))
+    assert max(rows[place]["reward"] for place in (1, 2, 3)) < (rows[0]["reward"] + rows[4]["reward"]) / 2
     assert rows[0]["reward"] == pytest.approx(rows[0]["score"] - rows[0]["other"])
 
 
@@ -438,11 +446,11 @@ def test_specific_credits_what_a_trace_adds_to_its_own_action_alone(rl, tiny, mo
     trace, adapted = "Sam feels tired of the weeds.", common.add_adapter(model, 4, 0)
     group = [common.Completion(tokenizer.encode(trace), True, 1)]
     monkeypatch.setattr(rl, "guard_traces", lambda *args: [{"leak": 0.0, "reworded": 0.2, "stopped": False}])
-    args = argparse.Namespace(reward="specific", leak_penalty=0.5, reword_penalty=0.5)
+    args = argparse.Namespace(reward="specific", leak_penalty=0.5)
     (row,), = rl.rate_recon(adapted, tokenizer, None, [pair], [other], [group], args)
     adapted.unload()
     own, foreign = (common.likelihood_scores(model, tokenizer, some, [trace])[0][0]["unsaid"] for some in (pair, other))
-    assert row["reward"] == pytest.approx(own - foreign - 0.5 * 0.2, abs=1e-5)
+    assert row["reward"] == pytest.approx(own - foreign, abs=1e-5)
     args.reward = "likelihood"
     adapted = common.add_adapter(model, 4, 0)
     (row,), = rl.rate_recon(adapted, tokenizer, None, [pair], [other], [group], args)
@@ -451,16 +459,17 @@ def test_specific_credits_what_a_trace_adds_to_its_own_action_alone(rl, tiny, mo
     assert row["score"] == pytest.approx(own, abs=1e-5)                       # measured alike whatever is rewarded
 
 
-def test_the_other_pair_is_of_another_conversation_and_stays_the_same_for_a_seed(rl):
+def test_the_other_pair_is_of_another_conversation_and_stays_the_same_for_a_seed():
     pairs = [make_pair(f"{conversation}/{turn}") for conversation in "cde" for turn in range(3)]
-    chosen = rl.other_pairs(pairs, pairs, 5)
-    assert all(other["conversation"] != pair["conversation"] for pair, other in zip(pairs, chosen)) and chosen == rl.other_pairs(pairs, pairs, 5)
-    assert rl.other_pairs(pairs[:1], pairs[:3], 5)[0]["id"] in ("c/1", "c/2")
+    chosen = common.other_pairs(pairs, pairs, 5)
+    assert all(other["conversation"] != pair["conversation"] for pair, other in zip(pairs, chosen)) and chosen == common.other_pairs(pairs[::-1], pairs, 5)[::-1]
+    assert len({tuple(other["id"] for other in common.other_pairs(pairs, pairs, seed)) for seed in range(4)}) > 1
+    assert common.other_pairs(pairs[:1], pairs[:3], 5)[0]["id"] in ("c/1", "c/2") and common.other_pairs(pairs[:1], pairs[:1], 5) == pairs[:1]
 
 
 @pytest.mark.parametrize("text, form", [
     ("Sam is worried about the exam and wants to sleep.", True), ("Sam hopes that Alex comes along.", True),
-    ("Sam is worried about the exam.", True), ("Sam misses the sea.", True), ("I am worried about the exam.", False), ("You should know that Sam is sad.", False), ("We all know Sam.", False), ("Sam thinks you should go.", False), ("Sam: worried about the exam", False),
+    ("Sam is worried about the exam.", True), ("Sam misses the sea.", True), ("Sam is worried about the exam and", False), ("I am worried about the exam.", False), ("You should know that Sam is sad.", False), ("We all know Sam.", False), ("Sam thinks you should go.", False), ("Sam: worried about the exam", False),
     ('Sam feels "so tired".', False), ("Sam feels tired.\nSam: hello", False), ("The exam is tomorrow.", False), ("Sam has an exam tomorrow at noon.", False), ("", False)])
 def test_a_trace_is_about_sam_in_the_third_person_and_names_something_that_minds_do(text, form):
     assert common.is_trace(text) == form
