@@ -3,21 +3,23 @@
     python benchmarks/rl_curve.py                          all three rewards, one after the other
     python benchmarks/rl_curve.py --rewards specific       the default reward alone
 
-Each reward trains the same adapter from the same start on the default data (stage 5's own loop, with --steps). Before and
-after, greedy and sampled traces are written for the test split, which training and its validation lines never see, and
-every pair's action is scored behind its own trace and behind another pair's. `specific` is the first minus the second, credit
-only for what the trace did not say, nats a token (in the mean over pairs the same as `specific` in rl.jsonl); its gain over the untrained synthesizer comes with a 95 % interval by
-conversation (paired bootstrap). Beside it stand the ways to cheat: quoted 4-grams and single words, rewording, stopped and
-malformed traces, length. Started again with the same --run, it goes on where it stopped. Draws benchmarks/rl_curve.png
+Each reward trains the same adapter from the same start on the default data (stage 5's own loop). Before and after, greedy and
+sampled traces are written for the test split, which training and its validation lines never see, and every pair's action
+is scored behind its own trace and behind another pair's. `specific` is the first minus the second, credit only for what
+the trace did not say, nats a token (rl.jsonl holds one trace against two actions instead); its gain over the untrained
+synthesizer comes with a 95 % interval by conversation (paired bootstrap). Beside it stand the ways to cheat: quoted 4-grams
+and single words, rewording, stopped and malformed traces, length. Training takes about 45 minutes on two cores. Started again with the same --run, it goes on where it stopped. Draws benchmarks/rl_curve.png
 (--picture) and prints one JSON object last.
 """
 
 import argparse
 import importlib
 import json
+import math
 import platform
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -26,46 +28,53 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
+sampling = importlib.import_module("02_sample_candidates")
 rl = importlib.import_module("05_rl_train")
 
+STEPS = {"specific": 32, "unsaid": 16, "likelihood": 16}              # the failures show within 16
 REWARDS = {"specific": [], "unsaid": [], "likelihood": ["--leak-penalty", "2"]}
+SAMPLES = 4                                                           # as many as stage 5 draws to find one that passes the guard
 MEASURED = ("score", "other", "leak", "leak_1", "reworded", "stopped", "malformed", "length")
 
 
-def measure(model: Any, tokenizer: Any, encoder: Any, pairs: list[dict], samples: int, args: argparse.Namespace) -> list[dict]:
-    """{MEASURED, specific, id, conversation, greedy, trace} of a greedy and `samples` sampled traces of each pair, scored alike whatever was rewarded.
+def measure(model: Any, tokenizer: Any, encoder: Any, pairs: list[dict], args: argparse.Namespace) -> list[dict]:
+    """{MEASURED, specific, kind, id, k, conversation, trace} of each pair's traces, scored alike whatever was rewarded.
 
-    `specific` is the trace's score minus that of another pair's trace on the same action: the pairs stand in a circle, and
-    each lends its trace to the one before.
+    `kind` is greedy, sampled (SAMPLES as stage 2 samples: temperature 1, min-p 0.1), or guarded: the one of these samples that
+    stage 5 would train a user model on, the first that the leak guard passes. `score` is the trace's `unsaid` on its
+    pair's action, `other` that of another pair's trace of the same kind on the same action, `specific` the first minus the second.
     """
-    args = argparse.Namespace(**vars(args) | {"reward": "specific"})
-    circle = sorted(pairs, key=lambda pair: common.seed_of("circle", pair["id"]))
+    written: dict[str, list[dict]] = {}
+    for batch in common.batches_by_length(pairs, lambda pair: len(common.synthesis_prompt(tokenizer, pair)), 16):
+        greedy = sampling.sample_traces(model, tokenizer, batch, 1, args.max_new_tokens, 0.0, 0.0, "")
+        sampled = sampling.sample_traces(model, tokenizer, batch, SAMPLES, args.max_new_tokens, 1.0, common.MIN_P, "rl_curve")
+        written |= {pair["id"]: one + more for pair, one, more in zip(batch, greedy, sampled)}
+    looks = {pair["id"]: rl.look_at_traces(encoder, [candidate["trace"] for candidate in written[pair["id"]]], pair) for pair in pairs}
+    passing = {name: min(range(1, 1 + SAMPLES), key=lambda k: (common.given_away(rows[k]), k)) for name, rows in looks.items()}
     rows = []
-    for k in range(1 + samples):
-        completions: dict[str, list] = {}
-        for batch in common.batches_by_length(circle, lambda pair: len(common.synthesis_prompt(tokenizer, pair)), 16):
-            seeds = [common.seed_of("rl_curve", k, pair["id"]) for pair in batch] if k else []
-            completions |= zip((pair["id"] for pair in batch), rl.rollout(model, tokenizer, [common.synthesis_prompt(tokenizer, pair) for pair in batch], seeds, 1, args))
-        others = [next(other for other in circle[place + 1:] + circle[:place] if other["conversation"] != pair["conversation"]) for place, pair in enumerate(circle)]
-        written = [completions[pair["id"]] for pair in circle]
-        own = rl.rate_recon(model, tokenizer, encoder, circle, others, written, args)
-        for pair, other, completion, (row,) in zip(circle, others, written, own):
-            # A second look at the pair's own action, with the other pair's trace in the trace's place.
-            with model.disable_adapter():
-                foreign = common.likelihood_scores(model, tokenizer, pair, [common.decode(tokenizer, completions[other["id"]][0])])[0][0]["unsaid"]
-            if row["score"] is None or foreign != foreign:
-                common.stop(f"the score of {pair['id']} is not a number")
-            rows.append({name: float(row[name]) for name in MEASURED if name in row} | {"specific": row["score"] - foreign, "length": len(completion[0].ids), "id": pair["id"],
-                        "conversation": pair["conversation"], "greedy": k == 0, "trace": common.decode(tokenizer, completion[0])})
+    for pair, other in zip(pairs, common.other_pairs(pairs, pairs, "rl_curve")):
+        traces = [candidate["trace"] for some in (pair, other) for candidate in written[some["id"]]]
+        with model.disable_adapter():
+            scores = [row["unsaid"] for row in common.likelihood_scores(model, tokenizer, pair, traces)[0]]
+        if not all(map(math.isfinite, scores)):
+            common.stop(f"a score of {pair['id']} is not a number")
+        own, foreign = scores[:1 + SAMPLES], scores[1 + SAMPLES:]
+        chosen = [("greedy", 0, 0), *(("sampled", k, k) for k in range(1, 1 + SAMPLES)), ("guarded", passing[pair["id"]], passing[other["id"]])]
+        for kind, k, place in chosen:
+            rows.append({name: float(value) for name, value in looks[pair["id"]][k].items()} | {
+                "score": own[k], "other": foreign[place], "specific": own[k] - foreign[place], "kind": kind, "id": pair["id"], "k": k,
+                "length": written[pair["id"]][k]["tokens"], "conversation": pair["conversation"], "trace": traces[k]})
     return rows
 
 
 def summarise(rows: list[dict], before: list[dict]) -> dict:
-    """Means of greedy and of sampled traces, with the gain of `specific` over the untrained synthesizer and its interval."""
-    found = {}
-    for kind, greedy in (("greedy", True), ("sampled", False)):
-        some, old = ([row for row in side if row["greedy"] == greedy] for side in (rows, before))
-        gains = [new["specific"] - was["specific"] for new, was in zip(some, old)]
+    """Means of each kind of traces, with the gain of `specific` over the untrained synthesizer and its interval."""
+    found, untrained = {}, Counter()
+    for row in before:
+        untrained[row["kind"], row["id"]] += row["specific"]
+    for kind in ("greedy", "sampled", "guarded"):
+        some = [row for row in rows if row["kind"] == kind]
+        gains = [row["specific"] - untrained[kind, row["id"]] / (SAMPLES if kind == "sampled" else 1) for row in some]
         found[kind] = {name: round(sum(row[name] for row in some) / len(some), 4) for name in ("specific", *MEASURED)}
         if rows is not before:
             found[kind] |= {"specific_gain": round(sum(gains) / len(gains), 4),
@@ -93,15 +102,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/rl_curve"), metavar="DIR", help="folder of pairs, checkpoints and measurements (default: %(default)s)")
     parser.add_argument("--rewards", default=",".join(REWARDS), help="comma-separated (default: %(default)s)")
-    parser.add_argument("--steps", type=common.positive_int, default=30, help="GRPO steps with each reward (default: %(default)s)")
-    parser.add_argument("--limit", type=common.positive_int, default=160, help="pairs in all; 40 %% are the test split (default: %(default)s)")
-    parser.add_argument("--samples", type=common.positive_int, default=2, help="sampled traces of each test pair (default: %(default)s)")
+    parser.add_argument("--limit", type=common.positive_int, default=300, help="pairs in all; 27 %% are the test split, 4 %% the validation split (default: %(default)s)")
     parser.add_argument("--picture", type=Path, default=Path(__file__).with_suffix(".png"), metavar="FILE", help="where the curves are drawn (default: %(default)s)")
     args = parser.parse_args()
     if unknown := [name for name in args.rewards.split(",") if name not in REWARDS]:
         common.stop(f"--rewards: unknown reward {unknown[0]!r}; choose from {', '.join(REWARDS)}")
     started = time.monotonic()
-    importlib.import_module("01_prepare").main(["--run", str(args.run), "--limit", str(args.limit), "--val-share", "0.08", "--test-share", "0.4"])
+    importlib.import_module("01_prepare").main(["--run", str(args.run), "--limit", str(args.limit), "--val-share", "0.04", "--test-share", "0.27"])
     source = args.run / "pairs.jsonl"
     pairs = common.read_pairs(source)
     split = {name: [pair for pair in pairs if pair["split"] == name] for name in ("train", "val", "test")}
@@ -110,27 +117,29 @@ def main() -> None:
     measured, curves = {}, {}
     for reward in [None, *args.rewards.split(",")]:
         run = args.run / (reward or "untrained")
-        settings = rl.parse_arguments(["--run", str(run), "--steps", str(args.steps), "--prompts", "4", "--group", "6", "--warmup", "5",
-                                       *(["--reward", reward, *REWARDS[reward]] if reward else [])])
+        settings = rl.parse_arguments(["--run", str(run), "--prompts", "4", "--group", "6", "--warmup", "5", "--std-norm", "--val-every", "8",
+                                       *(["--reward", reward, "--steps", str(STEPS[reward]), *REWARDS[reward]] if reward else [])])
         run.mkdir(parents=True, exist_ok=True)
-        record = common.made_with(settings, [source], ["synthesis", "transcript", "transcript_no_trace"], samples=args.samples)
+        if not reward:                                        # the settings of a training have no part in it
+            settings = argparse.Namespace(**{key: value for key, value in vars(settings).items() if key in ("run", "model", "seed", "rank", "max_new_tokens")})
+        record = common.made_with(settings, [source], ["synthesis", "transcript", "transcript_no_trace"])
         target, results = run / "models" / "synthesizer", run / "measured.jsonl"
         if reward and not common.check_record(target, record, False):
             so_far = record | {"arguments": {key: value for key, value in record["arguments"].items() if key != "steps"}}
-            rl.train(base, tokenizer, split["train"], split["val"], settings, target, record, so_far)
+            rl.train(base, tokenizer, encoder, split["train"], split["val"], settings, target, record, so_far)
         record |= {"adapter": common.file_hash(target / "adapter_model.safetensors") if reward else None}
         if not common.check_record(results, record, False):
             model = common.add_adapter(base, settings.rank, settings.seed, target if reward else None)
-            common.write_output(results, "".join(map(common.dump_row, measure(model, tokenizer, encoder, split["test"], args.samples, settings))), record)
+            common.write_output(results, "".join(map(common.dump_row, measure(model, tokenizer, encoder, split["test"], settings))), record)
             model.unload()
         measured[reward or "untrained"] = common.read_rows(results)
         if reward:
             curves[reward] = common.read_rows(run / "rl.jsonl")
         print(json.dumps({reward or "untrained": summarise(measured[reward or "untrained"], measured["untrained"])}))
     draw(curves, args.picture)
-    step = lambda lines, key: round(sum(row[key] for row in lines if key in row) / args.steps, 1)
+    step = lambda lines, key: round(sum(row[key] for row in lines if key in row) / sum("reward" in row for row in lines), 1)
     print(json.dumps({"machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__,
-                      "pairs": {name: len(some) for name, some in split.items()}, "test_conversations": len({pair["conversation"] for pair in split["test"]}), "steps": args.steps,
+                      "pairs": {name: len(some) for name, some in split.items()}, "test_conversations": len({pair["conversation"] for pair in split["test"]}), "steps": STEPS,
                       "seconds_a_step": {reward: {key: step(lines, f"seconds_{key}") for key in ("sampling", "reward", "update")} for reward, lines in curves.items()},
                       "minutes_of_this_start": round((time.monotonic() - started) / 60, 1),
                       "held_out": {name: summarise(rows, measured["untrained"]) for name, rows in measured.items()}}, indent=1))
