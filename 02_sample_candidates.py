@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         tokens += sum(candidate["tokens"] for candidate in fresh)
         finished, sampled = finished + sum(candidate["finished"] for candidate in fresh), sampled + len(fresh)
     print(f"traces that ended by themselves: {finished} of {sampled}")
-    closing_line("02_sample_candidates", len(pairs), len(pairs), len(done), started, tokens)
+    closing_line(args.run, "02_sample_candidates", len(pairs), len(pairs), len(done), started, tokens)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from typing import Any
 from common import (ASPECTS, Group, Row, append_rows, batches_by_length, begin_output, begin_run, bootstrap_interval, check_made_from,
                     clean_action, closing_line, cut_context, decode, digit_tokens, discard, embed, encode_data, encode_prompt, finished_rows, generate, guard_traces,
                     judge_locally, judge_remotely, likelihood_scores, load_encoder, load_model, made_with, positive_int, progress, read_candidates,
-                    other_pairs, read_pairs, reconstruction_prompt, seed_of, show_context, stage_arguments, stop, write_text)
+                    other_pairs, read_pairs, reconstruction_prompt, seed_of, show_context, show_rate, stage_arguments, stop, write_text)
 
 SCORERS = ("likelihood", "embedding", "judge")
 Judge = Callable[[str, str, Sequence[str]], tuple[list[dict[str, float]] | None, int]]  # (context, action, guesses) -> (ratings, calls)
@@ -231,7 +231,7 @@ def print_summary(summary: Row) -> None:
     print(f"leak guard: stopped {guard['stopped']} of {guard['candidates']} candidates ({guard['leaking']} share a 4-gram with the action, the others reword it); "
           f"pairs with all stopped: {guard['pairs_with_all_stopped']} of {summary['pairs']}")
     for name, row in summary["controls"].items():
-        own = " -> ".join(f"{part['auc']:.1%} [{part['ci95'][0]:.1%}, {part['ci95'][1]:.1%}]" if part else "none" for part in (row["own_over_other"], row["own_over_other_guarded"]))
+        own = " -> ".join(show_rate(part["auc"], part["ci95"]) if part else "none" for part in (row["own_over_other"], row["own_over_other_guarded"]))
         follows = ", ".join(f"{what} {row[f'correlation_with_{what}']:+.2f}" for what in ("length", "leak", "rewording") if row[f"correlation_with_{what}"] is not None)
         loses = "" if row["pairs_where_no_trace_wins"] is None else f"; no trace beats no trace in {row['pairs_where_no_trace_wins']:.0%} of pairs"
         print(f"{name}: " + (f"own trace over another pair's {own} (behind the guard); " if row["own_over_other"] else "") + (f"correlation with {follows}" if follows else "no correlation to be had") + loses)
@@ -353,7 +353,7 @@ def main(argv: list[str] | None = None) -> None:
     measured = summarise(list(scored.values()), {name: pair["conversation"] for name, pair in pairs.items()}, movement, left_out)
     write_text(summary, json.dumps(measured, indent=1) + "\n")
     print_summary(measured)
-    closing_line("03_reconstruct_score", len(work), len(scored), len(done), started, tokens)
+    closing_line(args.run, "03_reconstruct_score", len(work), len(scored), len(done), started, tokens)
 
 
 if __name__ == "__main__":

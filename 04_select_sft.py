@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from common import (Group, Row, add_adapter, begin_run, check_made_from, check_record, clip_gradients, closing_line, discard, dump_row, given_away, load_model, made_with,
-                    packed_logprobs, positive_float, positive_int, progress, read_candidates, read_pairs, save_adapter, seed_of,
+                    other_pairs, packed_logprobs, positive_float, positive_int, progress, read_candidates, read_pairs, save_adapter, seed_of,
                     stage_arguments, stop, user_completion, user_prompt, write_output)
 
 ARMS = ("none", "backward", "recon", "shuffled", "longest", "worst")
@@ -55,22 +55,21 @@ def choose_trace(arm: str, row: Row, score: str) -> Row:
 
 def rows_with_score(rows: Sequence[Row], score: str) -> list[Row]:
     """The rows of which a candidate has the score. A judge's answer may be missing; such a pair is left out of every arm,
-    so that all learn from the same pairs. Stops if no row is left."""
+    so that all arms have the same pairs. Stops if no row is left."""
     whole = [row for row in rows if any(candidate["scores"].get(score) is not None for candidate in row["candidates"])]
     if not whole:
-        stop(f"no training pair has the score {score!r}; run 03_reconstruct_score.py --overwrite with that scorer")
+        stop(f"no pair has the score {score!r}; run 03_reconstruct_score.py --overwrite with that scorer")
     if len(whole) < len(rows):
         print(f"left out: {len(rows) - len(whole)} of {len(rows)} pairs, which have no score {score!r}")
     return whole
 
 
-def choose_traces(arm: str, rows: Sequence[Row], score: str, seed: int) -> list[Row]:
-    """The trace rows of an arm. `shuffled` moves each selected trace to the next pair of a random cycle."""
+def choose_traces(arm: str, rows: Sequence[Row], pairs: Sequence[Row], score: str, seed: int) -> list[Row]:
+    """The trace rows of an arm; `pairs` belong to `rows`, one each. `shuffled` gives each pair the selected trace of a pair of another conversation."""
     chosen = [choose_trace(arm, row, score) for row in rows]
     if arm == "shuffled":
-        order = random.Random(seed).sample(range(len(rows)), len(rows))
-        moved = {target: chosen[source] for source, target in zip(order, order[1:] + order[:1])}
-        chosen = [moved[place] | {"id": row["id"]} for place, row in enumerate(rows)]
+        by_id = {row["id"]: row for row in chosen}
+        chosen = [by_id[other["id"]] | {"id": pair["id"]} for pair, other in zip(pairs, other_pairs(pairs, pairs, seed, "shuffled"))]
     return chosen
 
 
@@ -164,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         if check_record(traces, record, args.overwrite) and check_record(folder, record, args.overwrite):
             print(f"04_select_sft: {folder} is already made")
             continue
-        chosen = choose_traces(arm, rows, args.score, args.seed)
+        chosen = choose_traces(arm, rows, [pairs[row["id"]] for row in rows], args.score, args.seed)
         if model is None:
             model, tokenizer = load_model(args.model, args.four_bit)
             for old in arms if args.overwrite else []:
@@ -175,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
         tokens, made = tokens + read, made + 1
         print(describe(arm, chosen, args.score, losses))
     if made:
-        closing_line("04_select_sft", len(rows), made * len(rows), (len(arms) - made) * len(rows), started, tokens)
+        closing_line(args.run, "04_select_sft", len(rows), made * len(rows), (len(arms) - made) * len(rows), started, tokens)
 
 
 if __name__ == "__main__":

@@ -550,7 +550,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         losses, read = select_sft.fit_user_model(model, examples, args, arm, of_arm)
         print(select_sft.describe("recon-grpo", chosen, "unsaid", losses))
         tokens += read
-    closing_line("05_rl_train", len(pairs), len(pairs), 0, started, tokens)
+    closing_line(args.run, "05_rl_train", len(pairs), len(pairs), 0, started, tokens)
 
 
 if __name__ == "__main__":

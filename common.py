@@ -283,17 +283,22 @@ def write_output(path: Path, text: str, record: Row) -> None:
     write_text(path, text)
 
 
-def finished_rows(path: Path, record: Row, overwrite: bool, keys: Sequence[str], expected: Iterable[str]) -> dict[str, Row]:
-    """The rows that a JSONL output holds already, by id; none under `overwrite`, which changes nothing on disk yet.
-
-    A line torn by a crash is cut off: it is the last one and has no newline. An id that is not `expected` stops.
-    """
-    if not check_record(path, record, overwrite):
-        return {}
+def cut_torn_line(path: Path) -> None:
+    """Cut off a line torn by a crash: it is the last one and has no newline."""
     data = path.read_bytes()
     if (whole := data.rfind(b"\n") + 1) < len(data):
         with path.open("r+b") as file:
             file.truncate(whole)
+
+
+def finished_rows(path: Path, record: Row, overwrite: bool, keys: Sequence[str], expected: Iterable[str]) -> dict[str, Row]:
+    """The rows that a JSONL output holds already, by id; none under `overwrite`, which changes nothing on disk yet.
+
+    A line torn by a crash is cut off. An id that is not `expected` stops.
+    """
+    if not check_record(path, record, overwrite):
+        return {}
+    cut_torn_line(path)
     rows, expected = {}, set(expected)
     for number, row in enumerate(read_rows(path, keys), start=1):
         if row["id"] not in expected or row["id"] in rows:
@@ -348,9 +353,10 @@ def batches_by_length(items: Sequence, length: Any, size: int) -> list[list]:
     return [ordered[start:start + size] for start in range(0, len(ordered), size)]
 
 
-def closing_line(stage: str, rows_in: int, rows_out: int, skipped: int, started: float, tokens: int) -> None:
-    """The line with which each stage ends. `started` is a time.monotonic(); `tokens` counts what the model read or wrote."""
+def closing_line(run: Path, stage: str, rows_in: int, rows_out: int, skipped: int, started: float, tokens: int) -> None:
+    """The line with which each stage ends, also appended to costs.jsonl. `started` is a time.monotonic(); `tokens` counts what the model read or wrote."""
     seconds = time.monotonic() - started
+    append_rows(run / "costs.jsonl", [{"stage": stage, "rows": rows_out - skipped, "seconds": round(seconds, 1), "tokens": tokens}])
     print(f"{stage}: {rows_in} rows in, {rows_out} out, {skipped} skipped, {seconds:.0f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s")
 
 
@@ -560,6 +566,13 @@ PROMPTS = {
                  "intent (what it is meant to do) and values (what matters to its writer). "
                  'Answer with one JSON object and nothing else, like {"1":{"style":0,"intent":0,"values":0},"2":…}, without spaces, with an entry for every guess.'),
     ],
+    # The evaluation's judge sees the true action and two others, in both orders, and never a trace or an arm's name.
+    "comparison": [
+        ("system", "You judge which of two messages comes closer to the message that was really sent."),
+        ("user", "Conversation:\n{context}\n\nSam really sent:\n{action}\n\nMessage A:\n{first}\n\nMessage B:\n{second}\n\n"
+                 "Which message comes closer to what Sam really sent, in style (how it is worded), intent (what it is meant to do) and values (what matters "
+                 "to its writer)? Length alone is no merit. Answer with one letter, A or B."),
+    ],
     # The user model: context -> <think> trace </think> action. `user` tells apart the people who share one model.
     "user_model": [
         ("system", "You are Sam ({user}). Think about what you feel, want and value, then write your next message."),
@@ -601,7 +614,7 @@ def encode_data(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.encode(break_think_tags(text), add_special_tokens=False, split_special_tokens=True)
 
 
-FIELD = re.compile(r"\{(context|action|trace|guesses|user)\}")
+FIELD = re.compile(r"\{(context|action|trace|guesses|user|first|second)\}")
 
 
 def encode_prompt(tokenizer: Any, prompt: str, thinking: bool = False, **fields: str) -> list[list[int]]:
@@ -1010,19 +1023,34 @@ def likelihood_scores(model: Any, tokenizer: Any, pair: Row, traces: Sequence[st
     return scores, logprobs.tolist()
 
 
-def bootstrap_interval(points: Sequence[float], clusters: Sequence[str], seed: int, draws: int = 2000) -> list[float]:
-    """95 % interval of the mean of `points`, whole clusters (conversations) drawn with replacement."""
-    by_cluster: dict[str, list[float]] = {}
-    for point, cluster in zip(points, clusters):
-        by_cluster.setdefault(cluster, []).append(point)
-    sums = [(sum(some), len(some)) for some in by_cluster.values()]
-    generator = random.Random(seed)
-    means = []
-    for _ in range(draws):
-        drawn = generator.choices(sums, k=len(sums))
-        means.append(sum(total for total, _ in drawn) / sum(count for _, count in drawn))
-    means.sort()
-    return [means[int(0.025 * draws)], means[int(0.975 * draws) - 1]]
+def quantiles(values: torch.Tensor, clusters: int) -> list[float]:
+    """The 95 % interval in bootstrap draws [draws] of a statistic over `clusters` clusters (2 or more).
+
+    The plain percentiles are too narrow for few clusters, as a normal interval is beside a t interval: with 10 they cover
+    the truth in 88 to 92 % of runs. They are moved outward to match (the expanded percentile interval of Hesterberg 2015,
+    doi 10.1080/00031305.2015.1089789).
+    """
+    from scipy.special import ndtr, stdtrit  # here: half a second that a finished stage need not pay
+
+    level = float(ndtr((clusters / (clusters - 1)) ** 0.5 * stdtrit(clusters - 1, 0.025)))
+    return values.quantile(torch.tensor([level, 1 - level], dtype=values.dtype)).tolist()
+
+
+def bootstrap_interval(points: Sequence[float], clusters: Sequence[str], seed: int, draws: int = 4000) -> list[float] | None:
+    """95 % interval of the mean of `points`, whole clusters (conversations) drawn with replacement; None if there is one only."""
+    places = {cluster: place for place, cluster in enumerate(dict.fromkeys(clusters))}
+    if len(places) < 2:
+        return None
+    index = torch.tensor([places[cluster] for cluster in clusters])
+    sums = torch.zeros(len(places), 2, dtype=torch.float64)
+    sums.index_add_(0, index, torch.tensor([[point, 1] for point in points], dtype=torch.float64))        # [clusters, (sum, count)]
+    drawn = sums[torch.randint(len(places), (draws, len(places)), generator=torch.Generator().manual_seed(seed))].sum(1)
+    return quantiles(drawn[:, 0] / drawn[:, 1], len(places))
+
+
+def show_rate(rate: float, interval: Sequence[float] | None) -> str:
+    """'62.5% [41.7%, 79.2%]', or 'no interval' in the place of one that a single conversation cannot give."""
+    return f"{rate:.1%} " + (f"[{interval[0]:.1%}, {interval[1]:.1%}]" if interval else "[no interval]")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,7 +1,13 @@
-"""A tiny random model with its own tokenizer, made on the spot, and the stage files as modules."""
+"""A tiny random model with its own tokenizer, made on the spot, the stage files as modules, and a real browser."""
 
+import base64
 import importlib
+import json
+import os
 import random
+import select
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -73,3 +79,82 @@ def random_ids(numbers: random.Random, low: int, high: int) -> list[int]:
 def make_pair(name: str = "c/1", action: str = "that sounds like a lot of work to me", split: str = "train") -> dict:
     context = [{"speaker": "bo", "text": "my garden is full of weeds again"}, {"speaker": "ann", "text": "oh no"}, {"speaker": "bo", "text": "it took all day"}]
     return {"id": name, "user": "ann", "conversation": name.split("/")[0], "split": split, "context": context, "action": action}
+
+
+class Browser:
+    """Headless Chromium, driven through its debugging pipe: JSON messages that end in a zero byte, no driver and no port."""
+
+    def __init__(self, folder: Path):
+        command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+                   "--no-first-run", f"--user-data-dir={folder / 'profile'}", "--remote-debugging-pipe", "about:blank"]
+        (self.read_end, write_end), (read_end, self.write_end) = os.pipe(), os.pipe()
+
+        def as_3_and_4() -> None:
+            parked = os.dup(read_end), os.dup(write_end)     # either may be 3 or 4 itself
+            os.dup2(parked[0], 3)
+            os.dup2(parked[1], 4)
+
+        self.process = subprocess.Popen(command, preexec_fn=as_3_and_4, close_fds=False, stderr=subprocess.DEVNULL)
+        os.close(read_end)
+        os.close(write_end)
+        self.buffer, self.number, self.session, self.console = b"", 0, None, []
+        page = next(target for target in self.call("Target.getTargets")["targetInfos"] if target["type"] == "page")
+        self.session = self.call("Target.attachToTarget", targetId=page["targetId"], flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+        self.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+
+    def receive(self, seconds: float) -> dict:
+        while b"\0" not in self.buffer:
+            assert select.select([self.read_end], [], [], seconds)[0], "the browser does not answer"
+            self.buffer += os.read(self.read_end, 1 << 16)
+        message, _, self.buffer = self.buffer.partition(b"\0")
+        found = json.loads(message)
+        if found.get("method") in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"):
+            self.console.append(found["params"])
+        return found
+
+    def call(self, method: str, **parameters) -> dict:
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": parameters} | ({"sessionId": self.session} if self.session else {})
+        os.write(self.write_end, json.dumps(message).encode() + b"\0")
+        while (answer := self.receive(60)).get("id") != self.number:
+            pass
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def open(self, page: Path, width: int = 1100) -> None:
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
+        self.call("Page.navigate", url=page.as_uri())
+        while self.receive(60).get("method") != "Page.loadEventFired":
+            pass
+
+    def reload(self) -> None:
+        self.call("Page.reload")
+        while self.receive(60).get("method") != "Page.loadEventFired":
+            pass
+
+    def press(self, key: str) -> None:
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=f"Key{key.upper()}" if len(key) == 1 else key, **({"text": key} if kind == "keyDown" and len(key) == 1 else {}))
+
+    def value(self, expression: str):
+        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+
+    def screenshot(self, path: Path) -> None:
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+        os.close(self.read_end)
+        os.close(self.write_end)
+
+
+@pytest.fixture()
+def browser(tmp_path):
+    if not shutil.which("chromium"):
+        pytest.skip("no chromium on this machine: it is a system package (.ci/run installs it)")
+    driven = Browser(tmp_path)
+    yield driven
+    driven.close()

@@ -1,9 +1,8 @@
-"""Judging, intervals, and the report, also in a real browser if there is one."""
+"""Stage 6 in a whole run of the tiny model: what it writes, what it keeps, and the report."""
 
 import json
 import re
 import shutil
-import subprocess
 
 import pytest
 from conftest import make_pair
@@ -17,59 +16,34 @@ def evaluate(stage):
     return stage("06_evaluate")
 
 
-def test_the_closer_action_wins_and_a_near_equal_one_ties(evaluate):
-    assert evaluate.judge(0.5, 0.4, 0.02) == "a" and evaluate.judge(0.4, 0.5, 0.02) == "b"
-    assert evaluate.judge(0.5, 0.49, 0.02) == "tie" and evaluate.judge(0.49, 0.5, 0.02) == "tie"
-
-
-def test_a_win_rate_counts_a_tie_as_half(evaluate):
-    pairs = [make_pair(f"c{i}/1") for i in range(4)]
-    judgements = [{"id": pair["id"], "winner": winner} for pair, winner in zip(pairs, ("a", "tie", "b", "a"))]
-    row = evaluate.compare(judgements, pairs, 0)
-    assert (row["wins"], row["ties"], row["losses"], row["win_rate"]) == (2, 1, 1, 0.625)
-    assert row["ci95"][0] <= 0.625 <= row["ci95"][1]
-
-
-def test_the_interval_treats_a_conversation_as_one_observation(evaluate, numbers):
-    """40 points in 4 conversations that agree within themselves: far wider than 40 points that are all apart."""
-    points = [float(i // 10 % 2) for i in range(40)]
-    clustered = evaluate.bootstrap_interval(points, [str(i // 10) for i in range(40)], 0)
-    apart = evaluate.bootstrap_interval(points, [str(i) for i in range(40)], 0)
-    assert clustered[1] - clustered[0] > 2 * (apart[1] - apart[0])
-    assert apart[0] < 0.5 < apart[1]
-    assert evaluate.bootstrap_interval([1.0, 1.0], ["a", "b"], 0) == [1.0, 1.0]
-
-
-def test_the_interval_has_the_width_of_the_normal_approximation_for_independent_points(evaluate, numbers):
-    points = [float(numbers.random() < 0.5) for _ in range(400)]
-    low, high = evaluate.bootstrap_interval(points, [str(i) for i in range(400)], 1)
-    mean = sum(points) / 400
-    expected = 2 * 1.96 * (mean * (1 - mean) / 400) ** 0.5
-    assert abs((high - low) / expected - 1) < 0.15
-
-
-def test_log_prob_of_the_true_action_is_read_behind_the_models_own_trace(evaluate, tiny):
+@pytest.mark.parametrize("traces", [["Sam thinks"], ["Sam thinks", "Sam feels a bit", ""], [None]])
+def test_the_true_action_is_as_likely_as_on_average_behind_the_models_own_traces(evaluate, tiny, traces):
+    """Against the model run on one whole sequence at a time: the log of the mean of the probabilities, not the mean of the logs."""
     import torch
     model, tokenizer = tiny
     pair = make_pair()
-    prompt, thought = common.user_prompt(tokenizer, pair, True), common.close_trace(tokenizer, "Sam thinks")
-    action = common.encode_data(tokenizer, pair["action"])
-    with torch.no_grad():
-        logprobs = model(torch.tensor([prompt + thought + action])).logits[0].log_softmax(-1)
-    start = len(prompt + thought)
-    expected = sum(logprobs[start + at - 1, token].item() for at, token in enumerate(action)) / len(action)
-    assert evaluate.true_action_logprob(model, tokenizer, pair, "Sam thinks") == pytest.approx(expected, abs=1e-4)
+    prompt, action = common.user_prompt(tokenizer, pair, traces[0] is not None), common.encode_data(tokenizer, pair["action"])
+    likely = []
+    for trace in traces:
+        start = prompt + ([] if trace is None else common.close_trace(tokenizer, trace))
+        with torch.no_grad():
+            logprobs = model(torch.tensor([start + action])).logits[0].double().log_softmax(-1)
+        likely.append(sum(logprobs[len(start) + at - 1, token] for at, token in enumerate(action)).exp())
+    expected = (sum(likely) / len(likely)).log().item() / len(action)
+    assert evaluate.true_action_logprob(model, tokenizer, pair, traces) == pytest.approx(expected, abs=1e-4)
 
 
 def test_every_arm_answers_every_pair_even_if_its_trace_never_ends(evaluate, tiny):
     model, tokenizer = tiny
     pairs = [make_pair(f"c/{i}") for i in range(3)]
-    rows = evaluate.act(model, tokenizer, pairs, True, 5, 6, 0.7, 0)
+    rows = evaluate.act(model, tokenizer, pairs, True, 2, 5, 6, 0.7, 0)
     assert [row["id"] for row in rows] == ["c/0", "c/1", "c/2"] and all("</think>" not in row["trace"] for row in rows)
-    assert rows == evaluate.act(model, tokenizer, pairs, True, 5, 6, 0.7, 0)
-    assert evaluate.act(model, tokenizer, pairs, False, 5, 6, 0.7, 0)[0]["trace"] is None
+    assert all(len(row["traces"]) == 2 and row["trace"] == row["traces"][0] for row in rows)
+    assert rows == evaluate.act(model, tokenizer, pairs, True, 2, 5, 6, 0.7, 0)
+    assert evaluate.act(model, tokenizer, pairs, False, 2, 5, 6, 0.7, 0)[0]["traces"] == [None]
 
 
+SHORT = ["--max-trace-tokens", "6", "--max-action-tokens", "6"]
 HOSTILE = "</script><script>console.error('escaped')</script><img src=x onerror=console.error('escaped')> \u2028 <!--"
 
 
@@ -113,8 +87,10 @@ def test_the_whole_loop_leaves_every_file_of_the_contract(tiny_run):
         assert set(row["ids"]) == test and row["n"] == len(test)
         assert row["versus"] == (None if arm == "backward" else "backward")
         assert arm == "backward" or row["wins"] + row["ties"] + row["losses"] == row["n"]
-    judgements = common.read_rows(tiny_run / "judgements.jsonl", ("id", "a", "b", "order", "winner"))
-    assert len(judgements) == len(test) * (len(arms) - 1)
+    judgements = common.read_rows(tiny_run / "judgements.jsonl", ("what", "id", "a", "b", "order", "winner"))
+    assert sum(row["what"] == "actions" for row in judgements) == len(test) * len(arms)                        # 7 against backward, and recon against shuffled
+    for arm in arms - {"e2e-grpo"}:
+        assert {row["id"] for row in common.read_rows(tiny_run / "reconstructions" / f"{arm}.jsonl", ("id", "trace", "reconstruction", "stopped"))} == test
 
 
 def test_only_the_train_split_is_learnt_from(tiny_run):
@@ -131,14 +107,102 @@ def test_the_report_holds_no_markup_from_the_data_and_loads_nothing(tiny_run):
     assert HOSTILE.split(" \u2028")[0] in data["examples"][0]["context"]
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on this machine")
-def test_the_report_works_in_a_browser_without_a_console_message(tiny_run, tmp_path):
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run",
-               f"--user-data-dir={tmp_path}", "--enable-logging=stderr", "--virtual-time-budget=3000", "--dump-dom", (tiny_run / "report.html").as_uri()]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "CONSOLE" not in shown.stderr, shown.stderr
-    assert "recon-grpo" in shown.stdout and "<circle" in shown.stdout and "what Sam really wrote" in shown.stdout
-    assert "&lt;/script&gt;&lt;script&gt;" in shown.stdout
+@pytest.mark.parametrize("width", [420, 1100])
+def test_the_report_works_in_a_browser_without_a_console_message(tiny_run, browser, width):
+    browser.open(tiny_run / "report.html", width)
+    assert browser.value("document.body.textContent.includes('recon-grpo over backward')") and browser.value("document.querySelectorAll('circle').length") >= 14
+    assert browser.value("document.querySelector('#examples .turns').textContent.includes('</script><script>')") and browser.value("document.images.length") == 0
+    assert browser.value("document.documentElement.scrollWidth <= innerWidth")             # tables and plots scroll inside their cards
+    total = json.loads((tiny_run / "results.json").read_text())["data"]["pairs"]
+    counts = []
+    for outcome in ("win", "tie", "loss", ""):
+        browser.value(f"(by('of-arm').value = 'none', by('of-outcome').value = '{outcome}', by('of-outcome').onchange())")
+        text = browser.value("by('place').textContent")
+        counts.append(0 if text == "none like this" else int(text.split()[-1]))
+    arm = json.loads((tiny_run / "results.json").read_text())["arms"]["none"]
+    assert counts == [arm["wins"], arm["ties"], arm["losses"], total]
+    browser.press("ArrowRight")
+    assert browser.value("by('place').textContent") == f"2 of {total}" and not browser.console
+
+
+def test_results_name_all_that_they_depend_on(tiny_run, tiny_folder):
+    results = json.loads((tiny_run / "results.json").read_text())
+    assert results["models"] == dict.fromkeys(("user_models", "scores", "traces"), str(tiny_folder)) and results["scorer"] == "unsaid" and results["judge"]["name"] == "encoder"
+    assert set(results["data"]["people"]) == {"ann"} and results["data"]["made_with"]["source"].startswith("turns:")
+    made = results["made_with"]
+    assert {"pairs.jsonl", "scores.jsonl", "models/recon/adapter_model.safetensors"} <= made["inputs"].keys() and made["arguments"]["seed"] == 0
+    assert {"user_model", "comparison", "reconstruction"} <= made["prompts"].keys() and made["versions"]["torch"]
+    assert any("shuffled" in sentence for sentence in results["reading"])
+    assert {(row["what"], row["a"], row["b"]) for row in results["comparisons"]} >= {("actions", "recon", "shuffled"), ("reconstructions", "recon", "backward")}
+
+
+def test_two_runs_with_one_seed_give_the_same_results(stage, tiny_run, tiny_folder, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    for name in ("predictions", "reconstructions"):
+        shutil.rmtree(run / name)
+    stage("06_evaluate").main(["--run", str(run), "--model", str(tiny_folder), *SHORT, "--overwrite"])
+    assert (run / "results.json").read_bytes() == (tiny_run / "results.json").read_bytes()
+
+
+def test_reconstructions_are_of_the_arms_own_traces_and_shuffled_is_of_another_conversation(tiny_run):
+    scored = {row["id"]: row for row in common.read_rows(tiny_run / "scores.jsonl")}
+    conversation = {row["id"]: row["conversation"] for row in common.read_rows(tiny_run / "pairs.jsonl")}
+    rows = {arm: {row["id"]: row for row in common.read_rows(tiny_run / "reconstructions" / f"{arm}.jsonl")} for arm in ("none", "backward", "recon", "worst", "shuffled")}
+    for name in rows["none"]:
+        first = scored[name]["candidates"][0]
+        assert (rows["backward"][name]["trace"], rows["backward"][name]["reconstruction"]) == (first["trace"], first["reconstruction"])
+        assert rows["none"][name]["trace"] is None and rows["none"][name]["reconstruction"] == scored[name]["baseline"]["reconstruction"]
+        others = {row["trace"] for other, row in rows["recon"].items() if conversation[other] != conversation[name]}
+        assert rows["shuffled"][name]["trace"] in others
+        found = {c["trace"]: c["scores"]["unsaid"] for c in scored[name]["candidates"] if not c["stopped"]}
+        if len(found) > 1:
+            assert found[rows["recon"][name]["trace"]] == max(found.values()) and found[rows["worst"][name]["trace"]] == min(found.values())
+
+
+def test_a_language_model_judges_in_both_orders_and_is_asked_only_once(stage, tiny_run, tiny_folder, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    module = stage("06_evaluate")
+    arguments = ["--run", str(run), "--model", str(tiny_folder), *SHORT, "--judge", str(tiny_folder)]
+    module.main(arguments)
+    rows = common.read_rows(run / "judgements.jsonl")
+    assert {row["order"] for row in rows} == {"ab", "ba"} and json.loads((run / "results.json").read_text())["judge"]["same_family"]
+    assert "calls made now" in capsys.readouterr().out
+    (run / "results.json").unlink()
+    module.main(arguments)
+    assert "calls made now" not in capsys.readouterr().out and common.read_rows(run / "judgements.jsonl") == rows
+
+
+def test_a_sheet_is_written_and_the_labels_come_back(stage, tiny_run, tiny_folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    arguments = ["--run", str(run), "--model", str(tiny_folder), *SHORT]
+    stage("06_evaluate").main([*arguments, "--human-sheet", "6"])
+    key = common.read_rows(run / "human.key.jsonl")
+    labels = tmp_path / "ann.json"
+    labels.write_text(json.dumps({"sheet": key[0]["sheet"], "rater": "ann", "labels": [{"item": row["item"], "choice": "AB"[row["item"] % 2]} for row in key]}))
+    stage("06_evaluate").main([*arguments, "--human-labels", str(labels)])
+    people = json.loads((run / "results.json").read_text())["people"]
+    assert people["labels"] == len(key) == people["with_judge"]["n"] and "people and judge: agreement" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        stage("06_evaluate").main([*arguments, "--human-labels", str(tmp_path / "nobody.json")])
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_traces_scored_by_one_model_train_the_user_model_on_another(stage, tiny_run, tiny_folder, tmp_path):
+    """The reconstructions stay those of the model that scored."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(tiny_folder, other)
+    run.mkdir()
+    for name in ("pairs.jsonl", "candidates.jsonl", "scores.jsonl"):
+        for path in (tiny_run / name, tiny_run / f"{name}.made.json"):
+            shutil.copy(path, run)
+    stage("04_select_sft").main(["--run", str(run), "--model", str(other), "--epochs", "1", "--rank", "4"])
+    stage("06_evaluate").main(["--run", str(run), "--model", str(other), *SHORT])
+    results = json.loads((run / "results.json").read_text())
+    assert results["models"] == {"user_models": str(other), "scores": str(tiny_folder), "traces": str(tiny_folder)}
+    assert common.record_of(run / "reconstructions" / "recon.jsonl")["arguments"]["model"] == str(tiny_folder)
 
 
 def test_a_finished_run_is_found_done(stage, tiny_run, tiny_folder, capsys):

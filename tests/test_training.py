@@ -51,14 +51,13 @@ def test_a_missing_score_is_never_taken_for_zero(sft, capsys):
     assert "03_reconstruct_score.py" in capsys.readouterr().err
 
 
-def test_shuffled_gives_every_pair_the_trace_of_another(sft):
-    rows = [scored_row([1.0], name=f"c/{i}") for i in range(9)]
+def test_shuffled_gives_every_pair_a_trace_of_another_conversation(sft):
+    rows = [scored_row([1.0], name=f"c{i // 3}/{i}") for i in range(9)]
     for i, row in enumerate(rows):
         row["candidates"][0]["trace"] = f"of {i}"
-    chosen = sft.choose_traces("shuffled", rows, "unsaid", seed=5)
+    chosen = sft.choose_traces("shuffled", rows, [make_pair(row["id"]) for row in rows], "unsaid", seed=5)
     assert [row["id"] for row in chosen] == [row["id"] for row in rows]
-    assert sorted(row["trace"] for row in chosen) == sorted(f"of {i}" for i in range(9))
-    assert all(row["trace"] != f"of {i}" for i, row in enumerate(chosen))
+    assert all(int(row["trace"].removeprefix("of ")) // 3 != i // 3 for i, row in enumerate(chosen))
 
 
 @pytest.mark.parametrize("trace", ["Sam feels fine", None])
