@@ -24,7 +24,7 @@ The reward of recon. A policy that sees the action will learn to hand it over, s
     unsaid       credit only for what the trace did not say; a trace that the leak guard stops, or that is not in
                  whole sentences about Sam's mind in the third person, earns less than the average honest one of its group
     specific     the same, minus what the trace adds to another pair's action, so text that helps any action earns
-                 nothing (default)
+                 nothing, minus a part of its rewording: what is nearer to the action scores higher without saying more (default)
 
 How it differs from textbook GRPO (arXiv 2402.03300): by default one update a rollout, so there is no ratio to clip
 (--updates brings both back), no KL term (--kl does), and the advantage is reward minus group mean without the division by
@@ -111,7 +111,7 @@ def rate_recon(model: Any, tokenizer: Any, encoder: Any, pairs: Sequence[Row], o
             rows = look_at_traces(encoder, traces, pair)
             for row, here, there in zip(rows, own, elsewhere):
                 rewards = {"likelihood": here["likelihood"] - args.leak_penalty * row["leak"], "unsaid": here["unsaid"],
-                           "specific": here["unsaid"] - there["unsaid"]}
+                           "specific": here["unsaid"] - there["unsaid"] - args.reword_penalty * row["reworded"]}
                 row |= {"reward": finite(rewards[args.reward]), "score": finite(here["unsaid"]), "other": finite(there["unsaid"])}
                 row["fault"] = 0.0 if args.reward == "likelihood" else max(given_away(row), 0.5 * row["malformed"])
             rated.append(rows)
@@ -464,6 +464,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--reward", default="specific", choices=("specific", "unsaid", "likelihood"), help="what recon rewards, see above (default: %(default)s)")
     group.add_argument("--leak-penalty", type=positive_float, default=0.1, help="how far a trace that gives all away falls below the average honest one of its group, nats a token; "
                        "with --reward likelihood what it loses (default: %(default)s)")
+    group.add_argument("--reword-penalty", type=fraction, default=0.3, help="what a whole rewording costs with --reward specific, nats a token (default: %(default)s)")
     group.add_argument("--encoder", default="embedded", metavar="NAME", help="sentence encoder that rewards e2e and guards recon (default: %(default)s)")
     group = parser.add_argument_group("GRPO")
     group.add_argument("--steps", type=positive_int, default=2, help="optimizer steps; a real run takes 100 and more (default: %(default)s)")

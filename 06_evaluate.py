@@ -47,8 +47,8 @@ from typing import Any
 
 import torch
 
-from common import (END_THINK, FIELD, MIN_P, PROMPTS, Row, append_rows, ask_server, batches_by_length, begin_output, begin_run, bootstrap_interval,
-                    check_adapter, check_made_from, clean_action, close_trace, closing_line, cut_torn_line, decode, dump_row, embed, encode_data,
+from common import (END_THINK, FEWEST, FIELD, MIN_P, PROMPTS, Row, append_rows, ask_server, batches_by_length, begin_output, begin_run, bootstrap_interval,
+                    check_adapter, check_made_from, clean_action, close_trace, closing_line, cut_torn_line, decode, discard, dump_row, embed, encode_data,
                     encode_prompt, file_hash, finished_rows, fraction, generate, load_adapter, load_encoder, load_model, made_with, packed_logits,
                     packed_logprobs, positive_float, positive_int, progress, quantiles, read_candidates, read_pairs, read_rows, record_of,
                     seed_of, show_context, show_rate, stage_arguments, stop, user_prompt, words_of, write_output, write_text)
@@ -66,30 +66,32 @@ WHATS = ("actions", "reconstructions")
 
 
 def act(model: Any, tokenizer: Any, pairs: Sequence[Row], thinking: bool, traces: int, max_trace: int, max_action: int, temperature: float, seed: object) -> list[Row]:
-    """One {id, trace, traces, action} a pair, sampled from a user model: `traces` traces, and an action behind the first of them.
+    """One {id, trace, finished, traces, action} a pair, sampled from a user model: `traces` traces, and an action behind the first of them.
 
-    A trace that does not end within `max_trace` tokens is closed for the model, so that every arm answers every pair.
+    A trace that is not `finished` within `max_trace` tokens is closed for the model, so that every arm answers every pair.
     """
     prompts = [user_prompt(tokenizer, pair, thinking) for pair in pairs]
     thoughts: list[list[str | None]] = [[None]] * len(pairs)
+    finished = [True] * len(pairs)
     groups = [(prompt[:-1], [prompt[-1:]]) for prompt in prompts]
     if thinking:
         seeds = [seed_of(seed, pair["id"], "trace", k) for pair in pairs for k in range(traces)]
         done = generate(model, tokenizer, [(prompt[:-1], [prompt[-1:]] * traces) for prompt in prompts], max_trace, seeds, temperature, MIN_P, END_THINK.strip())
         texts = [decode(tokenizer, completion).partition(END_THINK.strip())[0].strip() for completion in done]
         thoughts = [texts[at:at + traces] for at in range(0, len(texts), traces)]
+        finished = [completion.finished for completion in done[::traces]]
         groups = [(prompt, [close_trace(tokenizer, some[0])]) for prompt, some in zip(prompts, thoughts)]
     done = generate(model, tokenizer, groups, max_action, [seed_of(seed, pair["id"], "action") for pair in pairs], temperature, MIN_P, "\n")
-    return [{"id": pair["id"], "trace": some[0], "traces": some, "action": clean_action(decode(tokenizer, completion))}
-            for pair, some, completion in zip(pairs, thoughts, done)]
+    return [{"id": pair["id"], "trace": some[0], "finished": ended, "traces": some, "action": clean_action(decode(tokenizer, completion))}
+            for pair, some, ended, completion in zip(pairs, thoughts, finished, done)]
 
 
 @torch.inference_mode()
 def true_action_logprob(model: Any, tokenizer: Any, pair: Row, traces: Sequence[str | None]) -> float:
     """Log of the true action's mean probability behind each of K traces that the user model wrote, over the action's tokens; nats a token.
 
-    The mean of probabilities, not of their logs: an estimate of log p(action | context) with the trace summed out. With few
-    traces it lies below that, and it rises with K; for an arm without traces it is exact.
+    The mean of probabilities, not of their logs: an estimate of log p(action | context) with the trace summed out. It lies
+    below that, the further the fewer the traces (Jensen); for an arm without traces it is exact, so the two do not compare.
     """
     action = encode_data(tokenizer, pair["action"])
     thoughts = [[] if trace is None else close_trace(tokenizer, trace) for trace in traces]
@@ -107,7 +109,7 @@ def act_all(args: Namespace, pairs: Sequence[Row], folders: dict[str, Path], sou
     for arm, folder in folders.items():
         output = args.run / "predictions" / f"{arm}.jsonl"
         record = made_with(Namespace(run=args.run, **acting), [source, folder / "adapter_model.safetensors"], ["user_model"])
-        rows = finished_rows(output, record, args.overwrite, ("id", "trace", "action", "action_logprob"), [pair["id"] for pair in pairs])
+        rows = finished_rows(output, record, args.overwrite, ("id", "trace", "finished", "action", "action_logprob"), [pair["id"] for pair in pairs])
         reused += len(rows)
         if len(rows) < len(pairs):
             if model is None:
@@ -139,42 +141,58 @@ def held_out_traces(arm: str, pairs: Sequence[Row], scored: Sequence[Row], score
     return rows
 
 
+def score_of(run: Path, arm: str, scored: Sequence[Row]) -> str:
+    """The score by which stage 4 selected the arm's traces; of an arm not fitted, that of one that was; else the first score there is."""
+    records = [record_of(path) for path in (run / "traces" / f"{name}.jsonl" for name in (arm, "recon", *select_sft.ARMS)) if path.is_file()]
+    found = next((record["arguments"]["score"] for record in records if "score" in record["arguments"]), None)
+    return found or next((name for name in ("unsaid", "likelihood", "embedding", "judge") if name in scored[0]["candidates"][0]["scores"]), "unsaid")
+
+
 def reconstruct_all(args: Namespace, pairs: Sequence[Row], scores: Path, scored: Sequence[Row]) -> tuple[dict[str, dict[str, Row]], int]:
     """(reconstructions by arm and id, tokens read or written) from each arm's traces for the held-out pairs that stage 3 scored.
 
     Written by the model that scored, which need not be the one that user models were fitted on. Arm recon-grpo's traces
-    are written here, by the trained synthesizer, as stage 5 wrote those of the train split. Appends to reconstructions/ARM.jsonl.
+    are written here, by the trained synthesizer, as stage 5 wrote those of the train split; it is left out if the
+    synthesizer was trained on another model. Appends to reconstructions/ARM.jsonl.
     """
     scoring, encoder = record_of(scores)["arguments"], None
-    selected, written = args.run / "traces" / "recon.jsonl", args.run / "traces" / "recon-grpo.jsonl"
-    score = record_of(selected)["arguments"]["score"] if selected.is_file() else "unsaid"
-    scored = select_sft.rows_with_score(scored, score)
+    written, synthesizer = args.run / "traces" / "recon-grpo.jsonl", args.run / "models" / "synthesizer"
     by_id = {pair["id"]: pair for pair in pairs}
-    pairs = [by_id[row["id"]] for row in scored]
-    synthesizer = args.run / "models" / "synthesizer"
-    arms = [arm for arm in ARMS if arm in select_sft.ARMS or (arm == "recon-grpo" and synthesizer.is_dir() and written.is_file())]
+    # As stage 3 showed it: a context that was cut for scoring must not be longer for the arms that are written here.
+    pairs = [by_id[row["id"]] | {"context": by_id[row["id"]]["context"][row.get("cut", 0) - by_id[row["id"]].get("cut", 0):]} for row in scored]
+    arms = list(select_sft.ARMS)
+    if synthesizer.is_dir() and written.is_file():
+        if (trained_on := record_of(synthesizer)["arguments"]["model"]) == scoring["model"]:
+            arms.append("recon-grpo")
+        else:
+            print(f"no reconstructions from recon-grpo's traces: the synthesizer was trained on {trained_on}, and {scoring['model']} scored")
     model = tokenizer = None
     found: dict[str, dict[str, Row]] = {}
     tokens = 0
-    for arm in arms:
+    for arm in sorted(arms, key=ARMS.index):
+        score = score_of(args.run, arm, scored)
         output = args.run / "reconstructions" / f"{arm}.jsonl"
         settings = Namespace(run=args.run, model=scoring["model"], four_bit=scoring["four_bit"], max_action_tokens=scoring["max_action_tokens"], score=score, seed=args.seed, limit=args.limit)
         inputs = [scores, *([synthesizer / "adapter_model.safetensors"] if arm == "recon-grpo" else [])]
         record = made_with(settings, inputs, ["reconstruction", "reconstruction_no_trace"])
         rows = finished_rows(output, record, args.overwrite, ("id", "trace", "reconstruction", "stopped"), by_id)
         if len(rows) < len(pairs):
-            chosen = None if arm == "recon-grpo" else held_out_traces(arm, pairs, scored, score, args.seed)
+            chosen = None
+            if arm != "recon-grpo":
+                whole = select_sft.rows_with_score(scored, score)
+                ids = {row["id"] for row in whole}
+                chosen = held_out_traces(arm, [pair for pair in pairs if pair["id"] in ids], whole, score, args.seed)
             if model is None and (chosen is None or any(row["reconstruction"] is None for row in chosen)):
                 model, tokenizer = load_model(scoring["model"], scoring["four_bit"])
             if chosen is None:
-                check_adapter(synthesizer, scoring["model"])
                 encoder = encoder or load_encoder(scoring["encoder"])
                 tracing = Namespace(**record_of(written)["arguments"], run=args.run, overwrite=args.overwrite)
                 target = output.with_name("recon-grpo.traces.jsonl")
                 chosen = rl_train.write_traces(model, tokenizer, encoder, pairs, tracing, synthesizer, target, made_with(tracing, [*inputs, written], ["synthesis"]))
                 chosen = [{"id": row["id"], "trace": row["trace"], "reconstruction": None, "stopped": row["stopped"]} for row in chosen]
             begin_output(output, record, args.overwrite)
-            missing = [(pair, row) for pair, row in zip(pairs, chosen) if row["id"] not in rows]
+            shown = {pair["id"]: pair for pair in pairs}
+            missing = [(shown[row["id"]], row) for row in chosen if row["id"] not in rows]
             for batch in progress(batches_by_length(missing, lambda item: len(show_context(item[0])), args.batch), f"reconstructing from {arm}'s traces"):
                 todo = [(pair, row) for pair, row in batch if row["reconstruction"] is None]
                 texts = reconstruct_score.reconstruct(model, tokenizer, [show_context(pair) for pair, _ in todo], [[row["trace"]] for _, row in todo], scoring["max_action_tokens"]) if todo else []
@@ -198,6 +216,7 @@ class Judge:
     name: str
     orders: tuple[str, ...]                      # ("both",) for a symmetric judge, else ("ab", "ba")
     ask: Callable[[str, str, Sequence[tuple[str, str]]], list[str | None]]
+    at_once: bool = True                         # a server is asked one question at a time, and each answer is kept
     calls: int = 0
 
 
@@ -264,21 +283,24 @@ def remote_judge(name: str, tries: int = 3) -> Judge:
                     break
         return answers
 
-    judge = Judge(name, ("ab", "ba"), ask)
+    judge = Judge(f"{name} at {os.environ.get('OPENAI_BASE_URL')}", ("ab", "ba"), ask, at_once=False)
     return judge
 
 
-def family(model: str) -> str:
-    """The letters with which a model's own name begins: 'qwen' of 'Qwen/Qwen3-8B'."""
-    model = "SmolLM2-135M-Instruct" if model == "embedded" else model.removeprefix("openai:")
-    return re.match(r"[a-z]*", model.rstrip("/").rpartition("/")[2].lower()).group()
+FAMILIES = ("smollm", "llama", "qwen", "gemma", "gemini", "mistral", "mixtral", "phi", "gpt", "claude", "deepseek", "olmo", "granite", "falcon")
+
+
+def family(model: str) -> str | None:
+    """The family that a model's name or path names: 'qwen' of 'Qwen/Qwen3-8B'; None if it names none that we know."""
+    name = "smollm" if model == "embedded" else model.lower()
+    return next((family for family in FAMILIES if family in name), None)
 
 
 def judge_pairs(judge: Judge, what: str, pairs: Sequence[Row], texts: dict[str, dict[str, str]], comparisons: Sequence[tuple[str, str]], answers: Path) -> list[Row]:
     """A row {what, id, a, b, order, winner} for each pair, comparison (a, b) and order; `texts` are by arm and pair id.
 
-    Two equal texts tie unasked. A language model's answers are kept in the file `answers` under a hash of all that the
-    judge was told, so an answer is never asked for twice and never taken for another's.
+    Two equal texts tie unasked. A language model's answers are kept in the file `answers` under a hash of the judge and all that
+    it was told, so an answer is never asked for twice and never taken for another's.
     """
     asks_model = judge.orders != ("both",)
     known: dict[str, str] = {}
@@ -295,10 +317,11 @@ def judge_pairs(judge: Judge, what: str, pairs: Sequence[Row], texts: dict[str, 
         key = {question: hashlib.sha256(repr((judge.name, PROMPTS["comparison"], context, pair["action"], *question)).encode("utf-8", "replace")).hexdigest()[:32]
                for question in asked.values()}
         new = [question for question in key if question[0] != question[1] and key[question] not in known]
-        for question, answer in zip(new, judge.ask(context, pair["action"], new) if new else []):
-            known[key[question]] = answer
-            if asks_model and answer:
-                append_rows(answers, [{"question": key[question], "answer": answer}])
+        for some in [new] if judge.at_once and new else [[question] for question in new]:
+            said = judge.ask(context, pair["action"], some)
+            known |= {key[question]: answer for question, answer in zip(some, said)}
+            if asks_model:
+                append_rows(answers, [{"question": key[question], "answer": answer} for question, answer in zip(some, said) if answer])
         for (a, b, order), question in asked.items():
             answer = "tie" if question[0] == question[1] else known[key[question]]
             winner = {"first": "ba"[order != "ba"], "second": "ab"[order != "ba"]}.get(answer, answer)
@@ -322,11 +345,11 @@ def settle(winners: Sequence[str | None]) -> tuple[str | None, bool | None]:
 
 
 def people_interval(points: Sequence[float], conversations: Sequence[str], people: Sequence[str], seed: int, draws: int = 2000) -> list[float] | None:
-    """95 % interval of the mean when people are drawn with replacement, and then each one's conversations; None for one person."""
+    """95 % interval of the mean when people are drawn with replacement, and then each one's conversations; None of fewer than FEWEST people."""
     tree: dict[str, dict[str, list[float]]] = {}
     for point, conversation, person in zip(points, conversations, people):
         tree.setdefault(person, {}).setdefault(conversation, []).append(point)
-    if len(tree) < 2:
+    if len(tree) < FEWEST:
         return None
     generator, branches, means = random.Random(seed), [list(some.values()) for some in tree.values()], []
     for _ in range(draws):
@@ -345,7 +368,7 @@ def sign_flip_p(points: Sequence[float], clusters: Sequence[str], seed: int) -> 
     sums: Counter[str] = Counter()
     for point, cluster in zip(points, clusters):
         sums[cluster] += point - 0.5
-    if not any(sums.values()):
+    if len(sums) < 2 or not any(sums.values()):
         return 1.0
     total = lambda values, axis: values.sum(axis=axis)
     return float(permutation_test((list(sums.values()),), total, permutation_type="samples", vectorized=True, rng=seed).pvalue)
@@ -371,12 +394,14 @@ def compare(judgements: Sequence[Row], pairs: Sequence[Row], texts: dict[str, di
 
       win_rate     (wins + ties / 2) / judged, ci95 by conversation, ci95_people by person and conversation
       p            sign_flip_p
-      flip_rate    share of judged pairs in which the judge named the other arm when the order was turned; None for a symmetric judge
+      identical    pairs whose two texts are the same, ties that no judge was asked for
+      flip_rate    share of pairs asked about in which the judge named the other arm when the order was turned; None for a symmetric judge
       unparsed     share of pairs without a valid answer, which count nowhere else
-      matched      win rate among pairs whose two texts have similar length
-      longer_wins  how often the longer text wins, ties as half; 0.5 is no bias (or no difference in quality)
+      matched      win rate among pairs whose two texts differ and have similar length
+      longer_wins  how often the longer text wins, ties as half, with its n and interval; 0.5 is no bias (or no difference in quality)
       by_person    win rate of each person's pairs
-      needed       pairs that would tell this win rate from 50 % with 80 % power at p < 0.05, were they spread over conversations like these
+      needed       pairs that would tell this win rate from 50 % with 80 % power at p < 0.05, were it exactly the true one and the pairs spread
+                   over conversations like these
     """
     a, b = judgements[0]["a"], judgements[0]["b"]
     winners: dict[str, list[str | None]] = {}
@@ -387,28 +412,28 @@ def compare(judgements: Sequence[Row], pairs: Sequence[Row], texts: dict[str, di
     found: Row = {"what": judgements[0]["what"], "a": a, "b": b, "n": len(judged), "unparsed": 1 - len(judged) / len(verdicts)}
     worth = {"a": 1.0, "tie": 0.5, "b": 0.0}
     points = [worth[verdicts[pair["id"]][0]] for pair in judged]
-    flips = [verdicts[pair["id"]][1] for pair in judged]
+    differ = {pair["id"]: texts[a][pair["id"]] != texts[b][pair["id"]] for pair in judged}
+    flips = [verdicts[pair["id"]][1] for pair in judged if differ[pair["id"]]]
 
-    def rate(keep: Callable[[Row], bool]) -> Row:
-        some = [(point, pair["conversation"]) for point, pair in zip(points, judged) if keep(pair)]
+    def rate(keep: Callable[[Row], bool], worth_of: Callable[[float, Row], float] = lambda point, pair: point) -> Row:
+        some = [(worth_of(point, pair), pair["conversation"]) for point, pair in zip(points, judged) if keep(pair)]
         return {"n": len(some), "win_rate": sum(point for point, _ in some) / len(some) if some else None, "ci95": bootstrap_interval(*zip(*some), seed) if some else None}
 
     if not judged:
-        return found | dict.fromkeys(("wins", "ties", "losses", "win_rate", "ci95", "ci95_people", "p", "flip_rate", "matched", "longer_wins", "by_person", "needed"))
+        return found | dict.fromkeys(("wins", "ties", "losses", "win_rate", "ci95", "ci95_people", "p", "p_holm", "identical", "flip_rate", "matched", "longer_wins", "by_person", "needed"))
     conversations, people = [pair["conversation"] for pair in judged], [pair["user"] for pair in judged]
     length = {pair["id"]: len(words_of(texts[a][pair["id"]])) - len(words_of(texts[b][pair["id"]])) for pair in judged}
-    longer = [point if length[pair["id"]] > 0 else 1 - point for point, pair in zip(points, judged) if length[pair["id"]]]
     error = standard_error(points, conversations)
     whole = rate(lambda pair: True)
     effect = whole["win_rate"] - 0.5
     return found | {
         "wins": points.count(1.0), "ties": points.count(0.5), "losses": points.count(0.0), "win_rate": whole["win_rate"], "ci95": whole["ci95"],
         "ci95_people": people_interval(points, conversations, people, seed), "p": sign_flip_p(points, conversations, seed),
-        "flip_rate": None if flips[0] is None else sum(flips) / len(flips),
-        "matched": rate(lambda pair: similar_length(texts[a][pair["id"]], texts[b][pair["id"]])),
-        "longer_wins": sum(longer) / len(longer) if longer else None,
+        "p_holm": None, "identical": len(judged) - sum(differ.values()), "flip_rate": sum(flips) / len(flips) if flips and flips[0] is not None else None,
+        "matched": rate(lambda pair: differ[pair["id"]] and similar_length(texts[a][pair["id"]], texts[b][pair["id"]])),
+        "longer_wins": rate(lambda pair: length[pair["id"]] != 0, lambda point, pair: point if length[pair["id"]] > 0 else 1 - point),
         "by_person": {person: rate(lambda pair: pair["user"] == person) for person in sorted(set(people))},
-        "needed": math.ceil(len(points) * ((1.96 + 0.8416) * error / effect) ** 2) if effect and error is not None else None}
+        "needed": math.ceil(len(points) * ((1.96 + 0.8416) * error / effect) ** 2) if effect and error else None}
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -427,32 +452,41 @@ def choose_comparisons(arms: Sequence[str], versus: str, round_robin: bool) -> l
     return chosen + [(a, b) for a, b in more if versus not in (a, b)]
 
 
-def read_results(comparisons: Sequence[Row], arms: dict[str, Row], judge: Row) -> list[str]:
-    """What the numbers say, in sentences."""
+def read_results(comparisons: Sequence[Row], arms: dict[str, Row], judge: Row, scorer: str | None) -> list[str]:
+    """What the numbers say, in sentences; what they cannot say as well."""
     said = []
     for what in WHATS:
-        some = [row for row in comparisons if row["what"] == what and row["ci95"]]
-        control = next((row for row in some if {row["a"], row["b"]} == {"recon", "shuffled"}), None)
-        if control:
-            low, high = control["ci95"] if control["a"] == "recon" else [1 - end for end in control["ci95"][::-1]]
-            verdict = ("recon does better than shuffled: what its traces say about their own pair counts" if low > 0.5
-                       else "shuffled does better than recon, which should not be: look at the examples" if high < 0.5
-                       else "shuffled, with another pair's traces, does as well as recon as far as this evaluation can see: nothing here shows that what the traces say about their own pair counts")
-            said.append(f"{what}: {verdict} ({show_rate(control['win_rate'], control['ci95'])}, {control['a']} against {control['b']}).")
+        some = [row for row in comparisons if row["what"] == what and row["p"] is not None]
+        if not some:
+            continue
         clear = [row for row in some if row["p_holm"] < 0.05]
         better = "; ".join(f"{row['a']} {'above' if row['win_rate'] > 0.5 else 'below'} {row['b']}" for row in clear)
         said.append(f"{what}: {len(clear)} of {len(some)} comparisons differ from 50 % when their number is allowed for (Holm, p < 0.05)" + (f": {better}." if clear else "."))
+        if control := next((row for row in some if {row["a"], row["b"]} == {"recon", "shuffled"}), None):
+            rate = control["win_rate"] if control["a"] == "recon" else 1 - control["win_rate"]
+            verdict = ("recon and its control shuffled, with another conversation's traces, cannot be told apart: nothing here shows that what the traces say about their own pair counts" if control["p"] >= 0.05
+                       else "recon does better than its control shuffled: what its traces say about their own pair counts" if rate > 0.5
+                       else "the control shuffled does better than recon, which should not be: look at the examples")
+            said.append(f"{what}: {verdict} ({control['a']} over {control['b']} {show_rate(control['win_rate'], control['ci95'])}, p = {control['p']:.3f}).")
         for row in some:
             if row["flip_rate"] is not None and row["flip_rate"] > 0.3:
-                said.append(f"{what}: the judge contradicts itself in {row['flip_rate']:.0%} of pairs of {row['a']} and {row['b']} when their order is turned; their ties mean little.")
-            if row["longer_wins"] is not None and abs(row["longer_wins"] - 0.5) > 0.15 and row["matched"]["n"] >= 10:
-                said.append(f"{what}: of {row['a']} and {row['b']} the {'longer' if row['longer_wins'] > 0.5 else 'shorter'} text wins ({row['longer_wins']:.0%} for the longer one); "
-                            f"among pairs of similar length {row['a']} wins {show_rate(row['matched']['win_rate'], row['matched']['ci95'])}.")
-    for arm, row in arms.items():
-        if row["distinct_actions"] < 0.8:
-            said.append(f"{arm} repeats itself: {row['distinct']:.0%} of its actions differ from one another.")
+                said.append(f"{what}: the judge contradicts itself in {row['flip_rate']:.0%} of the pairs of {row['a']} and {row['b']} when their order is turned; these ties mean little.")
+            longer = row["longer_wins"]
+            if longer["ci95"] and not longer["ci95"][0] <= 0.5 <= longer["ci95"][1]:
+                matched = f"; among {row['matched']['n']} pairs of similar length {row['a']} wins {show_rate(row['matched']['win_rate'], row['matched']['ci95'])}" if row["matched"]["n"] else ""
+                said.append(f"{what}: of {row['a']} and {row['b']} the longer text wins {show_rate(longer['win_rate'], longer['ci95'])}{matched}.")
+    if any(row["what"] == "reconstructions" for row in comparisons):
+        said.append("reconstructions: recon and worst were chosen with the held-out action in view, so what they win and lose is partly so by construction; shuffled and backward were not.")
+    if judge["name"] == "encoder" and "e2e-grpo" in arms:
+        said.append("actions: e2e-grpo was rewarded by the cosine that judges here.")
+    if judge["name"] == "encoder" and scorer == "embedding":
+        said.append("reconstructions: recon was chosen by the cosine that judges here.")
     if judge["same_family"]:
         said.append(f"The judge {judge['name']} is of the user models' own family, and such judges favour their own.")
+    for arm, row in arms.items():
+        if row["distinct_actions"] < 0.8:
+            said.append(f"{arm} repeats itself: {row['distinct_actions']:.0%} of its actions differ from one another.")
+    said.append("Every arm was fitted once: the intervals are over conversations, not over refits.")
     return said
 
 
@@ -461,43 +495,54 @@ def read_results(comparisons: Sequence[Row], arms: dict[str, Row], judge: Row) -
 
 
 def choose_items(pairs: Sequence[Row], texts: dict[str, dict[str, str]], comparisons: Sequence[tuple[str, str]], count: int, seed: int) -> list[Row]:
-    """Items {item, id, a, b, first} of a human sheet, `first` the arm shown as A: comparisons by turns, pairs and order at random, no two equal texts."""
-    queues = [[(pair["id"], a, b) for pair in random.Random(seed_of(seed, "human", a, b)).sample(list(pairs), len(pairs)) if texts[a][pair["id"]] != texts[b][pair["id"]]]
-              for a, b in comparisons]
-    turns = [queue[at] for at in range(len(pairs)) for queue in queues if at < len(queue)][:count]
-    random.Random(seed_of(seed, "human order")).shuffle(turns)
-    return [{"item": item, "id": name, "a": a, "b": b, "first": "ab"[seed_of(seed, "human first", name, a, b) % 2]} for item, (name, a, b) in enumerate(turns)]
+    """At most `count` items {item, id, a, b, first} of a human sheet, `first` the arm shown as A: pairs and orders at random, comparisons by turns.
+
+    A pair comes once, or the message that recurs under it would give away the arm that all are compared with. No two equal texts.
+    """
+    turns = []
+    for pair in random.Random(seed_of(seed, "human")).sample(list(pairs), len(pairs)):
+        ahead = [comparisons[(len(turns) + step) % len(comparisons)] for step in range(len(comparisons))]
+        a, b = next(((a, b) for a, b in ahead if texts[a][pair["id"]] != texts[b][pair["id"]]), (None, None))
+        if a:
+            turns.append((pair["id"], a, b))
+    return [{"item": item, "id": name, "a": a, "b": b, "first": "ab"[seed_of(seed, "human first", name, a, b) % 2]} for item, (name, a, b) in enumerate(turns[:count])]
+
+
+def texts_shown(pair: Row, texts: dict[str, dict[str, str]], item: Row) -> Row:
+    """What a person sees of an item: no arm, no id."""
+    sides = [texts[item[side]][pair["id"]] for side in ("ab" if item["first"] == "a" else "ba")]
+    return {"context": show_context(pair), "action": pair["action"], "first": sides[0], "second": sides[1]}
+
+
+def hash_of(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
 def write_sheet(run: Path, pairs: Sequence[Row], texts: dict[str, dict[str, str]], items: Sequence[Row]) -> None:
-    """human.html, which shows neither arms nor ids, and human.key.jsonl, which says what was what."""
-    by_id, shown = {pair["id"]: pair for pair in pairs}, []
-    for item in items:
-        pair, sides = by_id[item["id"]], [texts[item[side]][item["id"]] for side in ("ab" if item["first"] == "a" else "ba")]
-        shown.append({"context": show_context(pair), "action": pair["action"], "first": sides[0], "second": sides[1]})
-    sheet = hashlib.sha256(json.dumps([items, shown]).encode()).hexdigest()[:12]
-    write_text(run / "human.key.jsonl", "".join(dump_row({"sheet": sheet, **item}) for item in items))
+    """human.html, which shows neither arms nor ids, and human.key.jsonl, which says what was what and keeps the keys of earlier sheets."""
+    by_id, key = {pair["id"]: pair for pair in pairs}, run / "human.key.jsonl"
+    shown = [texts_shown(by_id[item["id"]], texts, item) for item in items]
+    sheet = hash_of(items, shown)
+    earlier = [row for row in (read_rows(key, ("sheet",)) if key.is_file() else []) if row["sheet"] != sheet]
+    write_text(key, "".join(map(dump_row, [*earlier, *({"sheet": sheet, **item, "shown": hash_of(what)} for item, what in zip(items, shown))])))
     write_page(run / "human.html", SHEET, {"sheet": sheet, "items": shown})
 
 
-def read_labels(path: Path, key: dict[tuple[str, int], Row]) -> dict[tuple[str, str, str], str]:
-    """One person's verdicts {(id, a, b): a, b or tie} from a downloaded file; `key` is that of the sheet, by (sheet, item)."""
+def read_labels(path: Path, key: dict[tuple[str, int], Row]) -> tuple[str, list[tuple[Row, str]]]:
+    """(name, [(row of the key, verdict a, b or tie), …]) of one downloaded file; `key` is by (sheet, item)."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        labels = [((str(found["sheet"]), int(row["item"])), row["choice"]) for row in found["labels"]]
+        rater, labels = str(found["rater"]), [((str(found["sheet"]), int(row["item"])), row["choice"]) for row in found["labels"]]
         if any(choice not in ("A", "B", "tie") for _, choice in labels):
             raise ValueError("a choice must be A, B or tie")
     except OSError as problem:
         stop(f"cannot read --human-labels {path}: {problem.strerror}")
     except (ValueError, LookupError, TypeError) as problem:
         stop(f"--human-labels {path} is not a file that human.html downloads ({type(problem).__name__}: {problem})")
-    verdicts = {}
-    for place, choice in labels:
-        if place not in key:
-            stop(f"--human-labels {path}: item {place[1]} of sheet {place[0]} is not in human.key.jsonl; use the run folder whose sheet was judged")
-        row = key[place]
-        verdicts[row["id"], row["a"], row["b"]] = "tie" if choice == "tie" else row["first"] if choice == "A" else "ba"[row["first"] == "b"]
-    return verdicts
+    if lost := next((place for place, _ in labels if place not in key), None):
+        stop(f"--human-labels {path}: item {lost[1]} of sheet {lost[0]} is not in human.key.jsonl; use the run folder whose sheet was judged")
+    other = {"a": "b", "b": "a"}
+    return rater, [(key[place], "tie" if choice == "tie" else key[place]["first"] if choice == "A" else other[key[place]["first"]]) for place, choice in labels]
 
 
 def kappa(first: Sequence[str], second: Sequence[str]) -> float | None:
@@ -507,41 +552,69 @@ def kappa(first: Sequence[str], second: Sequence[str]) -> float | None:
     return None if chance == 1 else (sum(a == b for a, b in zip(first, second)) / n - chance) / (1 - chance)
 
 
-def agreement(labels: Sequence[tuple[str, str]], clusters: Sequence[str], seed: int, draws: int = 1000) -> Row | None:
-    """{n, agreement, ci95, kappa, kappa_ci95} of pairs of labels, intervals by cluster; None for no labels."""
+def agreement(labels: Sequence[tuple[object, str, str]], clusters: Sequence[str], seed: int, draws: int = 1000) -> Row | None:
+    """{n, agreement, ci95, kappa, kappa_ci95} of labels (which two raters, one's label, the other's), intervals by cluster; None for no labels.
+
+    kappa is the mean of Cohen's kappa over each two raters, those whose kappa is undefined left out.
+    """
     if not labels:
         return None
-    by_cluster: dict[str, list[tuple[str, str]]] = {}
+
+    def mean_kappa(some: Sequence[tuple[object, str, str]]) -> float | None:
+        raters: dict[object, list[tuple[str, str]]] = {}
+        for who, first, second in some:
+            raters.setdefault(who, []).append((first, second))
+        values = [value for value in (kappa(*zip(*both)) for both in raters.values()) if value is not None]
+        return sum(values) / len(values) if values else None
+
+    by_cluster: dict[str, list[tuple[object, str, str]]] = {}
     for label, cluster in zip(labels, clusters):
         by_cluster.setdefault(cluster, []).append(label)
     groups, generator = list(by_cluster.values()), random.Random(seed)
-    drawn = [kappa(*zip(*(label for group in generator.choices(groups, k=len(groups)) for label in group))) for _ in range(draws)]
+    drawn = [mean_kappa([label for group in generator.choices(groups, k=len(groups)) for label in group]) for _ in range(draws)]
     values = [value for value in drawn if value is not None]
-    same = [float(a == b) for a, b in labels]
-    return {"n": len(labels), "agreement": sum(same) / len(same), "ci95": bootstrap_interval(same, clusters, seed), "kappa": kappa(*zip(*labels)),
-            "kappa_ci95": quantiles(torch.tensor(values), len(groups)) if len(groups) > 1 and values else None}
+    same = [float(first == second) for _, first, second in labels]
+    return {"n": len(labels), "agreement": sum(same) / len(same), "ci95": bootstrap_interval(same, clusters, seed), "kappa": mean_kappa(labels),
+            "kappa_ci95": quantiles(torch.tensor(values), len(groups)) if len(groups) >= FEWEST and values else None}
 
 
-def compare_people(files: Sequence[Path], run: Path, judgements: Sequence[Row], pairs: Sequence[Row], seed: int) -> Row:
-    """Agreement of people with the judge and with one another, over a, b and tie, and where both decided."""
-    key_file = run / "human.key.jsonl"
-    key = {(row["sheet"], row["item"]): row for row in read_rows(key_file, ("sheet", "item", "id", "a", "b", "first"), "06_evaluate.py --human-sheet N")}
-    raters = [read_labels(path, key) for path in files]
+def compare_people(files: Sequence[Path], run: Path, judgements: Sequence[Row], pairs: Sequence[Row], texts: dict[str, dict[str, str]], seed: int) -> Row:
+    """Agreement of people with the judge and with one another, over a, b and tie, and where both decided.
+
+    A label whose messages are no longer those that the arms write now counts as `outdated`, one on a comparison that was not
+    judged now as `not_judged`; neither is compared with the judge.
+    """
+    key = {(row["sheet"], row["item"]): row for row in read_rows(run / "human.key.jsonl", ("sheet", "item", "id", "a", "b", "first", "shown"), "06_evaluate.py --human-sheet N")}
     winners: dict[tuple[str, str, str], list[str | None]] = {}
     for row in judgements:
         if row["what"] == "actions":
             winners.setdefault((row["id"], row["a"], row["b"]), []).append(row["winner"])
-    verdicts = {place: settle(some)[0] for place, some in winners.items()}
-    conversation = {pair["id"]: pair["conversation"] for pair in pairs}
-    with_judge = [(place, label, verdicts[place]) for rater in raters for place, label in rater.items() if verdicts.get(place)]
-    between = [(place, label, other[place]) for one, other in combinations(raters, 2) for place, label in one.items() if place in other]
+    by_id, lost, raters, names = {pair["id"]: pair for pair in pairs}, Counter(), [], set()
+    with_judge: list[tuple[str, tuple[object, str, str]]] = []
+    for rater, path in enumerate(files):
+        name, labels = read_labels(path, key)
+        for sheet in {row["sheet"] for row, _ in labels if name}:
+            if (name, sheet) in names:
+                stop(f"--human-labels {path}: {name!r} handed in sheet {sheet} twice; name the last file only")
+            names.add((name, sheet))
+        raters.append({})
+        for row, label in labels:
+            pair, place = by_id.get(row["id"]), (row["id"], row["a"], row["b"])
+            verdict = settle(winners[place])[0] if place in winners else None
+            raters[-1][row["shown"]] = pair["conversation"] if pair else row["id"], label
+            if not pair or not {row["a"], row["b"]} <= texts.keys() or hash_of(texts_shown(pair, texts, row)) != row["shown"]:
+                lost["outdated"] += 1
+            elif verdict is None:
+                lost["not_judged"] += 1
+            else:
+                with_judge.append((pair["conversation"], (rater, label, verdict)))
+    between = [(conversation, ((i, j), label, other[shown][1])) for (i, one), (j, other) in combinations(enumerate(raters), 2)
+               for shown, (conversation, label) in one.items() if shown in other]
+    measure = lambda some: agreement([label for _, label in some], [conversation for conversation, _ in some], seed)
+    decided = lambda some: [row for row in some if "tie" not in row[1][1:]]
+    return {"raters": len(raters), "labels": sum(map(len, raters)), "outdated": lost["outdated"], "not_judged": lost["not_judged"], "with_judge": measure(with_judge),
+            "with_judge_decided": measure(decided(with_judge)), "between": measure(between), "between_decided": measure(decided(between))}
 
-    def measure(some: Sequence[tuple]) -> Row | None:
-        return agreement([labels for _, *labels in some], [conversation[place[0]] for place, *_ in some], seed)
-
-    decided = lambda some: [row for row in some if "tie" not in row[1:]]
-    return {"raters": len(raters), "labels": sum(map(len, raters)), "with_judge": measure(with_judge), "with_judge_decided": measure(decided(with_judge)),
-            "between": measure(between), "between_decided": measure(decided(between))}
 
 # ------------------------------------------------------------------------------------------------
 # Results
@@ -580,6 +653,8 @@ def print_results(results: Row) -> None:
     print(f"judge: {results['judge']['name']}; {results['data']['conversations']} conversations of {len(results['data']['people'])} people")
     print("\n".join(results["reading"]))
     if people := results["people"]:
+        if people["outdated"] or people["not_judged"]:
+            print(f"labels left out: {people['outdated']} on messages that have changed since, {people['not_judged']} on comparisons that were not judged now")
         for name, title in (("with_judge", "people and judge"), ("with_judge_decided", "people and judge, where both decided"), ("between", "people with one another")):
             if row := people[name]:
                 print(f"{title}: agreement {show_rate(row['agreement'], row['ci95'])}, kappa " + ("none" if row["kappa"] is None else f"{row['kappa']:.3f}")
@@ -629,13 +704,13 @@ td.text { overflow-wrap: anywhere; white-space: normal; } #examples td.text { mi
 <p class="note" id="about"></p>
 <h2>What the numbers say</h2><ul class="reading" id="reading"></ul>
 <h2>Actions of the user models</h2><div class="card" id="actions"></div>
-<p class="note">Every arm's user model acts alone on held-out pairs. Win rate: against the arm compared with, a tie as half a win, 95 % interval by conversation. p: sign-flip test by conversation; Holm: allowing for the number of comparisons. Similarity: mean cosine to the true action. log p(action): the true action behind traces that the model wrote itself, nats a token. Distinct: share of actions that differ from one another.</p>
+<p class="note">Every arm's user model acts alone on held-out pairs. Win rate: against the arm compared with, a tie as half a win, 95 % interval by conversation. p: sign-flip test by conversation; Holm: allowing for the number of comparisons. Similarity: mean cosine to the true action. log p(action): the true action behind traces that the model wrote itself, nats a token; a lower bound for arms with traces, exact for “none”, so compare arms with traces only. Gain: over the arm compared with. Cut: traces that met the token limit. Distinct: share of actions that differ from one another.</p>
 <div class="card" id="actions-plot"></div>
 <div id="rebuilt-part" hidden><h2>Reconstructions from the arms' traces</h2><div class="card" id="reconstructions"></div>
 <p class="note">No training: the frozen base writes the action from context and trace. Traces were written with the action in view, so this says how much they hold, not how well a user model acts.</p>
 <div class="card" id="reconstructions-plot"></div></div>
 <h2>Every comparison, as a sceptic reads it</h2><div class="card" id="comparisons"></div>
-<p class="note">By people: interval when people are drawn as well. Flips: the judge named the other arm when the order was turned. Unparsed: no valid answer. Similar length: win rate among pairs whose texts are about as long. Longer wins: how often the longer text wins, 50 % is no bias. Needed: pairs that would tell this rate from 50 % with 80 % power.</p>
+<p class="note">By people: interval when people are drawn as well, with six people or more. Identical: pairs whose texts are the same, ties that nobody judged. Flips: the judge named the other arm when the order was turned; none for a symmetric judge. Unparsed: no valid answer. Similar length: win rate among pairs whose texts differ and are about as long. Longer wins: how often the longer text wins, 50 % is no bias. Needed: pairs that would tell this rate from 50 % with 80 % power, were it exactly the true one.</p>
 <div id="people-part" hidden><h2>People and the judge</h2><div class="card" id="people"></div></div>
 <h2 id="curve-title" hidden>Reward over training steps</h2><div class="card" id="curve" hidden></div>
 <h2 id="scores-title" hidden>Scores of the traces</h2><div class="card" id="scores" hidden></div>
@@ -684,9 +759,9 @@ const rate = row => row.win_rate === null || row.win_rate === undefined ? "" : p
 by("about").textContent = `${data.data.pairs} held-out pairs of ${Object.keys(data.data.people).length} people in ${data.data.conversations} conversations; user models on ${model}, traces by ${data.models.traces ?? "unknown"}, scored by ${data.models.scores ?? "nobody"}; judge: ${data.judge.name}${data.judge.same_family ? ", of the user models' own family" : ""}. An interval that holds 50 % shows no difference.`;
 for (const sentence of data.reading) by("reading").append(make("li", sentence));
 function armTable(rows, acted) {
-  return table(["arm", "n", "wins", "ties", "losses", "win rate", "95 % interval", "p", "Holm", "similarity", ...(acted ? ["log p(action)"] : []), "distinct", "words", "trace words"],
+  return table(["arm", "n", "wins", "ties", "losses", "win rate", "95 % interval", "p", "Holm", "similarity", ...(acted ? ["log p(action)", "gain", "95 % interval", "cut"] : []), "distinct", "words", "trace words"],
     Object.entries(rows).map(([arm, r]) => [arm, r.n, r.wins ?? "", r.ties ?? "", r.losses ?? "", r.versus ? rate(r) : "compared with", r.versus ? range(r.ci95) : "",
-      fixed(r.p), fixed(r.p_holm), fixed(r.similarity), ...(acted ? [fixed(r.action_logprob)] : []), percent(r.distinct_actions), fixed(r.action_words, 1), fixed(r.trace_words, 1)]), []);
+      fixed(r.p), fixed(r.p_holm), fixed(r.similarity), ...(acted ? [fixed(r.action_logprob), r.versus ? fixed(r.action_logprob_gain) : "", r.versus && r.action_logprob_gain_ci95 ? r.action_logprob_gain_ci95.map(end => fixed(end)).join(" – ") : "", percent(r.cut_traces)] : []), percent(r.distinct_actions), fixed(r.action_words, 1), fixed(r.trace_words, 1)]), []);
 }
 function forest(rows, what) {
   const shown = rows.filter(row => row.what === what && row.win_rate !== null), height = 44 + 30 * shown.length, x = value => 220 + 460 * value;
@@ -709,9 +784,9 @@ if (Object.keys(data.reconstructions).length) {
   by("reconstructions").append(armTable(data.reconstructions, false));
   by("reconstructions-plot").append(forest(data.comparisons, "reconstructions"));
 }
-by("comparisons").append(table(["of", "arm", "over", "n", "win rate", "95 % interval", "by people", "p", "Holm", "flips", "unparsed", "similar length (n)", "longer wins", "needed", "by person"],
-  data.comparisons.map(r => [r.what, r.a, r.b, r.n, rate(r), range(r.ci95), range(r.ci95_people), fixed(r.p), fixed(r.p_holm), r.flip_rate === null ? "one order" : percent(r.flip_rate), percent(r.unparsed),
-    r.matched?.n ? `${rate(r.matched)} (${r.matched.n})` : "", r.longer_wins === null ? "" : percent(r.longer_wins), r.needed ?? "",
+by("comparisons").append(table(["of", "arm", "over", "n", "win rate", "95 % interval", "by people", "p", "Holm", "identical", "flips", "unparsed", "similar length (n)", "longer wins (n)", "needed", "by person"],
+  data.comparisons.map(r => [r.what, r.a, r.b, r.n, rate(r), range(r.ci95), range(r.ci95_people), fixed(r.p), fixed(r.p_holm), r.identical ?? "", r.flip_rate === null ? "none" : percent(r.flip_rate), percent(r.unparsed),
+    r.matched?.n ? `${rate(r.matched)} (${r.matched.n})` : "", r.longer_wins?.n ? `${rate(r.longer_wins)} (${r.longer_wins.n})` : "", r.needed ?? "",
     Object.entries(r.by_person ?? {}).map(([person, part]) => `${person.slice(0, 8)} ${rate(part)}`).join(", ")]), [0, 1, 2]));
 if (data.people) {
   by("people-part").hidden = false;
@@ -961,12 +1036,15 @@ def main(argv: list[str] | None = None) -> None:
     for arm, folder in folders.items():
         check_adapter(folder, args.model)
         check_made_from(folder, source, "the stages from 02 on with")
+        if arm in select_sft.ARMS and scores.is_file():
+            check_made_from(folder, scores, "04_select_sft.py with")
     if lost := next((path for path in args.human_labels if not path.is_file()), None):
         stop(f"--human-labels {lost} does not exist; name a file that was downloaded from RUN/human.html")
     inputs = [source, *([scores] if scores.is_file() else []), *(folder / "adapter_model.safetensors" for folder in folders.values())]
     prompts = ["user_model", "reconstruction", "reconstruction_no_trace", "comparison"]
     # Judging costs little beside acting, so another --versus or a new arm is judged anew; what models wrote or answered is kept.
-    record = made_with(args, inputs, prompts, ignore=("human_sheet", "human_labels"), labels=[file_hash(path) for path in args.human_labels])
+    record = made_with(args, inputs, prompts, ignore=("human_sheet", "human_labels"), labels=[file_hash(path) for path in args.human_labels],
+                       **({"server": os.environ.get("OPENAI_BASE_URL")} if args.judge.startswith("openai:") else {}))
     judged, target, report = (args.run / name for name in ("judgements.jsonl", "results.json", "report.html"))
     if not (args.overwrite or args.human_sheet) and all(path.is_file() for path in (judged, target, report)) and record_of(target) == record:
         print_results(json.loads(target.read_text(encoding="utf-8")))
@@ -988,7 +1066,9 @@ def main(argv: list[str] | None = None) -> None:
 
     encoder = load_encoder(args.encoder)
     judge = (encoder_judge(encoder, args.margin) if args.judge == "encoder" else remote_judge(args.judge) if args.judge.startswith("openai:")
-             else local_judge(args.judge, *load_model(args.judge, args.four_bit)))
+             else local_judge(f"{args.judge}{' in 4 bits' * bool(args.four_bit)}", *load_model(args.judge, args.four_bit)))
+    if args.overwrite:
+        discard(args.run / "answers.jsonl")
     judgements, comparisons, similarity = [], [], {}
     written = {"actions": {arm: {name: row["action"] for name, row in rows.items()} for arm, rows in predictions.items()},
                "reconstructions": {arm: {name: row["reconstruction"] for name, row in rows.items()} for arm, rows in rebuilt.items()}}
@@ -1005,7 +1085,7 @@ def main(argv: list[str] | None = None) -> None:
         for row in rows:
             groups.setdefault((row["a"], row["b"]), []).append(row)
         found = [compare(group, some, texts, args.seed) for group in groups.values()]
-        valid = [row for row in found if row["p"] is not None]
+        valid = [row for row in found if row.get("p") is not None]
         for row, p in zip(valid, holm([row["p"] for row in valid])):
             row["p_holm"] = p
         near = {arm: cosines(encoder, [pair["action"] for pair in some], [of[pair["id"]] for pair in some]) for arm, of in texts.items()}
@@ -1013,17 +1093,22 @@ def main(argv: list[str] | None = None) -> None:
         similarity[what] = {arm: dict(zip((pair["id"] for pair in some), values)) for arm, values in near.items()}
         judgements, comparisons = judgements + rows, comparisons + found
     for arm, rows in predictions.items():
-        results["arms"][arm]["action_logprob"] = sum(rows[pair["id"]]["action_logprob"] for pair in pairs) / len(pairs)
+        likely = [(rows[pair["id"]]["action_logprob"], predictions[args.versus][pair["id"]]["action_logprob"]) for pair in pairs]
+        results["arms"][arm] |= {"action_logprob": sum(mine for mine, _ in likely) / len(pairs), "action_logprob_gain": sum(mine - other for mine, other in likely) / len(pairs),
+                                 "action_logprob_gain_ci95": bootstrap_interval([mine - other for mine, other in likely], [pair["conversation"] for pair in pairs], args.seed),
+                                 "cut_traces": sum(not rows[pair["id"]]["finished"] for pair in pairs) / len(pairs)}
 
     made_by = lambda name: record_of(args.run / name)["arguments"]["model"] if (args.run / name).is_file() else None
+    kin = family(args.judge)
     about = {"name": args.judge, "encoder": args.encoder, "margin": args.margin if args.judge == "encoder" else None, "orders": list(judge.orders),
-             "same_family": args.judge != "encoder" and family(args.judge) == family(args.model)}
-    results |= {"comparisons": comparisons, "reading": read_results(comparisons, results["arms"], about),
-                "people": compare_people(args.human_labels, args.run, judgements, pairs, args.seed) if args.human_labels else None, "judge": about,
+             "same_family": args.judge != "encoder" and (args.judge == args.model or (kin is not None and kin == family(args.model)))}
+    scorer = score_of(args.run, "recon", scored) if scored else None
+    results |= {"comparisons": comparisons, "reading": read_results(comparisons, results["arms"], about, scorer),
+                "people": compare_people(args.human_labels, args.run, judgements, pairs, written["actions"], args.seed) if args.human_labels else None, "judge": about,
                 "data": {"made_with": record_of(source)["arguments"], "people": dict(Counter(pair["user"] for pair in pairs)), "pairs": len(pairs),
                          "conversations": len({pair["conversation"] for pair in pairs})},
                 "models": {"user_models": args.model, "scores": made_by("scores.jsonl"), "traces": made_by("candidates.jsonl")},
-                "scorer": record_of(folders["recon"])["arguments"].get("score") if "recon" in folders else None, "made_with": record}
+                "scorer": scorer, "made_with": record}
     verdicts: dict[tuple[str, str], list[str | None]] = {}
     for row in judgements:
         if row["what"] == "actions" and row["b"] == args.versus:
@@ -1052,6 +1137,8 @@ def main(argv: list[str] | None = None) -> None:
         items = choose_items(pairs, written["actions"], against, args.human_sheet, args.seed)
         if not items:
             stop("there is nothing to judge: no other arm's actions differ from those of --versus")
+        if len(items) < args.human_sheet:
+            print(f"a pair comes once on a sheet, so {len(items)} comparisons are all there are")
         write_sheet(args.run, pairs, written["actions"], items)
         print(f"human sheet: {args.run / 'human.html'} with {len(items)} comparisons; the key stays in human.key.jsonl")
     write_output(target, json.dumps(results, indent=1), record)

@@ -19,7 +19,6 @@ import importlib.util
 import json
 import logging
 import os
-import random
 import re
 import shutil
 import sys
@@ -963,7 +962,9 @@ def guard_traces(encoder: tuple[Any, Any], traces: Sequence[str], action: str, c
     return rows
 
 
-# A trace says what goes on in Sam: it names Sam and something that minds do, in whole sentences, and speaks neither as Sam nor to anyone.
+# A trace says what goes on in Sam: it names Sam and something that minds do, in whole sentences, repeats itself little, and
+# speaks neither as Sam nor to anyone. Without DISTINCT, GRPO ended in "Sam wants Sam to tell Sam about Sam's plans".
+DISTINCT = 0.65
 MIND = re.compile(r"""\b(?:admir|afraid|amaz|amus|ang(?:er|r)|annoy|anxious|appreciat|asham|believ|bored|bother|calm|car(?:es?|ing|ed)\b|cheer|comfort|concern|confiden|
     confus|content|curious|dislik|disappoint|doubt|dread|eager|embarrass|enjoy|enthus|env(?:y|ie|ious)|excit|expect|fear|feel|felt|fond|frustrat|glad|grateful|guilt|happ[iy]|hat(?:e|ing)|
     hesita|hop(?:e|ing)|hurt|imagin|impress|insecur|intend|intrigu|interest|jealous|joy|know|lik(?:es?|ed|ing)\b|lonel|look|lov(?:e|ing)|mind|miss|need|nervous|nostalg|overwhelm|pit(?:y|i)|plan(?:s|ned|ning)?\b|
@@ -973,8 +974,11 @@ OUTSIDE = re.compile(r"""\bI\b|\b(?:[Mm]e|[Mm]y|[Mm]yself|[Mm]ine|[Ww]e|us|[Oo]u
 
 
 def is_trace(text: str) -> bool:
-    """Does the text have a trace's form: whole sentences about Sam's feelings, thoughts or wishes, in the third person, without quotes?"""
-    return PERSON in text and text.endswith((".", "!", "?")) and not OUTSIDE.search(text) and bool(MIND.search(text))
+    """Does the text have a trace's form: whole sentences about Sam's feelings, thoughts or wishes, in the third person, without quotes,
+    with at most a third of its words said before?"""
+    words = words_of(text)
+    return (PERSON in text and text.endswith((".", "!", "?")) and not OUTSIDE.search(text) and bool(MIND.search(text))
+            and len(set(words)) >= DISTINCT * len(words))
 
 
 def given_away(guarded: Row) -> float:
@@ -1023,8 +1027,11 @@ def likelihood_scores(model: Any, tokenizer: Any, pair: Row, traces: Sequence[st
     return scores, logprobs.tolist()
 
 
+FEWEST = 6                                                 # clusters that an interval needs: of 4 it would cover the truth in 89 % of runs, of 2 in 53 %
+
+
 def quantiles(values: torch.Tensor, clusters: int) -> list[float]:
-    """The 95 % interval in bootstrap draws [draws] of a statistic over `clusters` clusters (2 or more).
+    """The 95 % interval in bootstrap draws [draws] of a statistic over `clusters` clusters (FEWEST or more).
 
     The plain percentiles are too narrow for few clusters, as a normal interval is beside a t interval: with 10 they cover
     the truth in 88 to 92 % of runs. They are moved outward to match (the expanded percentile interval of Hesterberg 2015,
@@ -1037,9 +1044,9 @@ def quantiles(values: torch.Tensor, clusters: int) -> list[float]:
 
 
 def bootstrap_interval(points: Sequence[float], clusters: Sequence[str], seed: int, draws: int = 4000) -> list[float] | None:
-    """95 % interval of the mean of `points`, whole clusters (conversations) drawn with replacement; None if there is one only."""
+    """95 % interval of the mean of `points`, whole clusters (conversations) drawn with replacement; None of fewer than FEWEST."""
     places = {cluster: place for place, cluster in enumerate(dict.fromkeys(clusters))}
-    if len(places) < 2:
+    if len(places) < FEWEST:
         return None
     index = torch.tensor([places[cluster] for cluster in clusters])
     sums = torch.zeros(len(places), 2, dtype=torch.float64)
@@ -1049,7 +1056,7 @@ def bootstrap_interval(points: Sequence[float], clusters: Sequence[str], seed: i
 
 
 def show_rate(rate: float, interval: Sequence[float] | None) -> str:
-    """'62.5% [41.7%, 79.2%]', or 'no interval' in the place of one that a single conversation cannot give."""
+    """'62.5% [41.7%, 79.2%]', or 'no interval' in the place of one that too few conversations cannot give."""
     return f"{rate:.1%} " + (f"[{interval[0]:.1%}, {interval[1]:.1%}]" if interval else "[no interval]")
 
 

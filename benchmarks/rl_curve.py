@@ -31,16 +31,17 @@ import common
 sampling = importlib.import_module("02_sample_candidates")
 rl = importlib.import_module("05_rl_train")
 
-STEPS = {"specific": 32, "unsaid": 16, "likelihood": 16}              # the failures show within 16
+STEPS = {"specific": 40, "unsaid": 16, "likelihood": 16}              # the failures show within 16
 REWARDS = {"specific": [], "unsaid": [], "likelihood": ["--leak-penalty", "2"]}
-SAMPLES = 4                                                           # as many as stage 5 draws to find one that passes the guard
+SAMPLES = 12                                                          # nearly all of a gain's variance is between samples of one pair
+DRAWN = 4                                                             # as many as stage 5 draws to find one that passes the guard
 MEASURED = ("score", "other", "leak", "leak_1", "reworded", "stopped", "malformed", "length")
 
 
 def measure(model: Any, tokenizer: Any, encoder: Any, pairs: list[dict], args: argparse.Namespace) -> list[dict]:
     """{MEASURED, specific, kind, id, k, conversation, trace} of each pair's traces, scored alike whatever was rewarded.
 
-    `kind` is greedy, sampled (SAMPLES as stage 2 samples: temperature 1, min-p 0.1), or guarded: the one of these samples that
+    `kind` is greedy, sampled (SAMPLES as stage 2 samples: temperature 1, min-p 0.1), or guarded: the one of DRAWN samples that
     stage 5 would train a user model on, the first that the leak guard passes. `score` is the trace's `unsaid` on its
     pair's action, `other` that of another pair's trace of the same kind on the same action, `specific` the first minus the second.
     """
@@ -50,7 +51,7 @@ def measure(model: Any, tokenizer: Any, encoder: Any, pairs: list[dict], args: a
         sampled = sampling.sample_traces(model, tokenizer, batch, SAMPLES, args.max_new_tokens, 1.0, common.MIN_P, "rl_curve")
         written |= {pair["id"]: one + more for pair, one, more in zip(batch, greedy, sampled)}
     looks = {pair["id"]: rl.look_at_traces(encoder, [candidate["trace"] for candidate in written[pair["id"]]], pair) for pair in pairs}
-    passing = {name: min(range(1, 1 + SAMPLES), key=lambda k: (common.given_away(rows[k]), k)) for name, rows in looks.items()}
+    passing = {name: min(range(1, 1 + DRAWN), key=lambda k: (common.given_away(rows[k]), k)) for name, rows in looks.items()}
     rows = []
     for pair, other in zip(pairs, common.other_pairs(pairs, pairs, "rl_curve")):
         traces = [candidate["trace"] for some in (pair, other) for candidate in written[some["id"]]]
@@ -117,7 +118,7 @@ def main() -> None:
     measured, curves = {}, {}
     for reward in [None, *args.rewards.split(",")]:
         run = args.run / (reward or "untrained")
-        settings = rl.parse_arguments(["--run", str(run), "--prompts", "4", "--group", "6", "--warmup", "5", "--std-norm", "--val-every", "8",
+        settings = rl.parse_arguments(["--run", str(run), "--prompts", "4", "--group", "6", "--temperature", "1", "--lr", "4e-4", "--warmup", "5", "--std-norm", "--val-every", "8",
                                        *(["--reward", reward, "--steps", str(STEPS[reward]), *REWARDS[reward]] if reward else [])])
         run.mkdir(parents=True, exist_ok=True)
         if not reward:                                        # the settings of a training have no part in it

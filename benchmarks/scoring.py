@@ -88,8 +88,9 @@ def measure_pairs(model: Any, tokenizer: Any, encoder: Any, pairs: list[dict], w
                 clusters += [pair["conversation"]] * len(compared)
             if not points:
                 continue
+            interval = common.bootstrap_interval(points, clusters, 0)
             table[name]["guarded" if guarded else "all"] = {"auc": round(sum(points) / len(points), 4), "comparisons": len(points),
-                                                            "ci95": [round(end, 4) for end in common.bootstrap_interval(points, clusters, 0)]}
+                                                            "ci95": interval and [round(end, 4) for end in interval]}
     own = [candidate for row in rows for candidate in row["candidates"][:N]]
     return {"pairs": len(pairs), "conversations": len({pair["conversation"] for pair in pairs}), "people": len({pair["user"] for pair in pairs}),
             "own_traces": len(own), "own_traces_stopped": sum(c["stopped"] for c in own), "own_traces_with_a_quote": sum(c["leak"] > 0 for c in own), "auc": table}

@@ -184,7 +184,7 @@ def test_a_sheet_is_written_and_the_labels_come_back(stage, tiny_run, tiny_folde
     labels.write_text(json.dumps({"sheet": key[0]["sheet"], "rater": "ann", "labels": [{"item": row["item"], "choice": "AB"[row["item"] % 2]} for row in key]}))
     stage("06_evaluate").main([*arguments, "--human-labels", str(labels)])
     people = json.loads((run / "results.json").read_text())["people"]
-    assert people["labels"] == len(key) == people["with_judge"]["n"] and "people and judge: agreement" in capsys.readouterr().out
+    assert people["labels"] == len(key) == people["with_judge"]["n"] and not people["outdated"] and "people and judge: agreement" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         stage("06_evaluate").main([*arguments, "--human-labels", str(tmp_path / "nobody.json")])
     assert "does not exist" in capsys.readouterr().err

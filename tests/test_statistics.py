@@ -41,7 +41,7 @@ def test_a_judge_that_always_answers_a_gives_exactly_half_and_flips_always(evalu
     texts = {arm: {pair["id"]: f"{arm} {i}" for i, pair in enumerate(pairs)} for arm in ("recon", "backward")}
     row = judged(evaluate, made_up_judge(evaluate, lambda first, second: "first"), pairs, texts, tmp_path)
     assert row["win_rate"] == 0.5 and row["flip_rate"] == 1.0 and row["ties"] == 11 and row["p"] == 1.0 and row["needed"] is None
-    said = evaluate.read_results([row | {"p_holm": 1.0}], {}, {"name": "made up", "same_family": True})
+    said = evaluate.read_results([row | {"p_holm": 1.0}], {}, {"name": "made up", "same_family": True}, "unsaid")
     assert any("contradicts itself in 100%" in sentence for sentence in said) and any("own family" in sentence for sentence in said)
 
 
@@ -51,10 +51,10 @@ def test_a_judge_that_prefers_the_longer_text_is_exposed_by_the_length_matched_r
     texts = {"recon": {pair["id"]: words(6, 20) for pair in pairs}, "backward": {pair["id"]: words(4, 14) for pair in pairs}}
     longer = lambda first, second: "first" if len(first.split()) > len(second.split()) else "second" if len(first.split()) < len(second.split()) else "tie"
     row = judged(evaluate, made_up_judge(evaluate, longer), pairs, texts, tmp_path)
-    assert row["win_rate"] > 0.7 and row["ci95"][0] > 0.6 and row["longer_wins"] == 1.0 and row["flip_rate"] == 0.0
+    assert row["win_rate"] > 0.7 and row["ci95"][0] > 0.6 and row["longer_wins"]["win_rate"] == 1.0 and row["flip_rate"] == 0.0
     assert row["matched"]["win_rate"] < row["win_rate"] - 0.1 and row["matched"]["n"] > 20
-    said = evaluate.read_results([row | {"p_holm": row["p"]}], {}, {"name": "made up", "same_family": False})
-    assert any("the longer text wins (100%" in sentence and "similar length" in sentence for sentence in said)
+    said = evaluate.read_results([row | {"p_holm": row["p"]}], {}, {"name": "made up", "same_family": False}, "unsaid")
+    assert any("the longer text wins 100.0%" in sentence and "similar length" in sentence for sentence in said)
 
 
 def test_one_order_against_the_other_is_a_tie_and_a_missing_answer_counts_nowhere(evaluate, tmp_path):
@@ -66,7 +66,8 @@ def test_one_order_against_the_other_is_a_tie_and_a_missing_answer_counts_nowher
     answer = lambda first, second: answers[first][0] if first.startswith("recon") else answers[second][1]
     row = judged(evaluate, made_up_judge(evaluate, answer), pairs, texts, tmp_path)
     assert (row["n"], row["wins"], row["ties"], row["losses"], row["unparsed"], row["flip_rate"]) == (3, 1, 2, 0, 0.25, pytest.approx(1 / 3))
-    row = judged(evaluate, made_up_judge(evaluate, lambda first, second: None), pairs, texts, tmp_path / "none")
+    (tmp_path / "answers.jsonl").unlink()
+    row = judged(evaluate, made_up_judge(evaluate, lambda first, second: None), pairs, texts, tmp_path)
     assert row["n"] == 0 and row["unparsed"] == 1.0 and row["win_rate"] is None
 
 
@@ -75,7 +76,6 @@ def test_equal_texts_tie_unasked_and_no_question_is_asked_twice(evaluate, tmp_pa
     texts = {"recon": {pair["id"]: f"text {i}" for i, pair in enumerate(pairs)}, "backward": {pair["id"]: "text 0" for pair in pairs}}
     asked = []
     judge = made_up_judge(evaluate, lambda first, second: asked.append((first, second)) or "first")
-    (tmp_path / "answers.jsonl").write_text("")
     first = evaluate.judge_pairs(judge, "actions", pairs, texts, [("recon", "backward")], tmp_path / "answers.jsonl")
     assert len(asked) == 4 and [row["winner"] for row in first[:2]] == ["tie", "tie"]
     with (tmp_path / "answers.jsonl").open("a") as file:
@@ -124,9 +124,25 @@ def test_a_remote_judge_asks_again_for_a_letter_and_then_gives_up(evaluate, monk
     assert told[0][0] == "big" and "Message A:\none" in told[0][1][1]["content"] and "yes {second}" in told[0][1][1]["content"]
 
 
-@pytest.mark.parametrize("one, other, same", [("Qwen/Qwen3-8B", "openai:qwen2.5-72b", True), ("embedded", "HuggingFaceTB/SmolLM2-1.7B", True), ("embedded", "openai:gpt-5-mini", False)])
-def test_a_judge_of_the_models_own_family_is_known(evaluate, one, other, same):
-    assert (evaluate.family(one) == evaluate.family(other)) == same
+@pytest.mark.parametrize("name, family", [("Qwen/Qwen3-8B", "qwen"), ("openai:gpt-5-mini", "gpt"), ("embedded", "smollm"), ("HuggingFaceTB/SmolLM2-1.7B", "smollm"),
+                                          ("meta-llama/Meta-Llama-3.1-8B", "llama"), ("/models/7b-chat", None)])
+def test_a_models_family_is_known_by_its_name(evaluate, name, family):
+    assert evaluate.family(name) == family
+
+
+def test_identical_texts_hide_neither_flips_nor_a_preference_for_length(evaluate, tmp_path):
+    pairs = some_pairs(12)
+    texts = {"recon": {pair["id"]: f"text {i}" for i, pair in enumerate(pairs)}, "backward": {pair["id"]: f"text {i}" if i < 9 else f"other {i}" for i, pair in enumerate(pairs)}}
+    row = judged(evaluate, made_up_judge(evaluate, lambda first, second: "first"), pairs, texts, tmp_path)
+    assert row["identical"] == 9 and row["flip_rate"] == 1.0 and row["matched"]["n"] == 3 and row["ties"] == 12
+
+
+def test_one_conversation_gives_a_win_rate_and_no_more(evaluate, tmp_path):
+    pairs = some_pairs(3, a_conversation=9)
+    texts = {arm: {pair["id"]: f"{arm} {i}" for i, pair in enumerate(pairs)} for arm in ("recon", "backward")}
+    row = judged(evaluate, made_up_judge(evaluate, lambda first, second: "first" if "recon" in first else "second"), pairs, texts, tmp_path)
+    assert row["win_rate"] == 1.0 and row["ci95"] is None and row["p"] == 1.0 and row["needed"] is None and row["ci95_people"] is None
+    assert evaluate.read_results([row | {"p_holm": 1.0}], {"e2e-grpo": {"distinct_actions": 0.25}}, {"name": "encoder", "same_family": False}, "embedding")[-2].startswith("e2e-grpo repeats itself: 25%")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -154,12 +170,13 @@ def test_the_interval_covers_the_truth_in_95_percent_of_runs_and_a_naive_one_doe
 
 
 def test_the_interval_treats_a_conversation_as_one_observation():
-    """40 points in 4 conversations that agree within themselves: far wider than 40 points that are all apart."""
-    points = [float(i // 10 % 2) for i in range(40)]
-    clustered = common.bootstrap_interval(points, [str(i // 10) for i in range(40)], 0)
-    apart = common.bootstrap_interval(points, [str(i) for i in range(40)], 0)
+    """80 points in 8 conversations that agree within themselves: far wider than 80 points that are all apart."""
+    points = [float(i // 10 % 2) for i in range(80)]
+    clustered = common.bootstrap_interval(points, [str(i // 10) for i in range(80)], 0)
+    apart = common.bootstrap_interval(points, [str(i) for i in range(80)], 0)
     assert clustered[1] - clustered[0] > 2 * (apart[1] - apart[0]) and apart[0] < 0.5 < apart[1]
-    assert common.bootstrap_interval([1.0, 1.0], ["a", "b"], 0) == [1.0, 1.0] and common.bootstrap_interval([1.0, 0.0], ["a", "a"], 0) is None
+    assert common.bootstrap_interval([1.0] * 6, list("abcdef"), 0) == [1.0, 1.0]
+    assert common.bootstrap_interval([1.0, 0.0] * 6, list("abcdeabcdeab"), 0) is None                # five conversations are too few
 
 
 def test_the_interval_has_the_width_of_the_t_interval_for_independent_points(evaluate, numbers):
@@ -171,11 +188,12 @@ def test_the_interval_has_the_width_of_the_t_interval_for_independent_points(eva
 
 
 def test_people_who_differ_widen_the_interval(evaluate, numbers):
-    points = [float(numbers.random() < (0.9 if i % 2 else 0.1)) for i in range(120)]
-    conversations, people = [str(i // 4 * 2 + i % 2) for i in range(120)], ["ann" if i % 2 else "bo" for i in range(120)]
+    people = [i % 8 for i in range(320)]
+    points = [float(numbers.random() < (0.9 if person % 2 else 0.1)) for person in people]
+    conversations = [f"{i // 32} {person}" for i, person in enumerate(people)]
     by_conversation, by_people = common.bootstrap_interval(points, conversations, 0), evaluate.people_interval(points, conversations, people, 0)
     assert by_people[1] - by_people[0] > 2 * (by_conversation[1] - by_conversation[0])
-    assert evaluate.people_interval(points, conversations, ["ann"] * 120, 0) is None
+    assert evaluate.people_interval(points, conversations, [person % 5 for person in people], 0) is None
 
 
 def test_the_sign_flip_p_is_the_share_of_all_flips_that_are_as_extreme(evaluate, numbers):
@@ -198,8 +216,16 @@ def test_kappa_equals_scikit_learns(evaluate, numbers):
         first, second = ([numbers.choice(("a", "a", "b", "tie")) for _ in range(30)] for _ in range(2))
         assert evaluate.kappa(first, second) == pytest.approx(cohen_kappa_score(first, second))
     assert evaluate.kappa(["a", "a"], ["a", "a"]) is None
-    same = evaluate.agreement([("a", "a"), ("b", "b"), ("a", "a"), ("b", "b")], ["1", "1", "2", "2"], 0)
+    labels = [(0, *numbers.choice((("a", "a"), ("b", "b")))) for _ in range(10)] + [(0, "a", "a"), (0, "b", "b")]
+    same = evaluate.agreement(labels, [str(i % 6) for i in range(12)], 0)
     assert same["kappa"] == 1.0 and same["agreement"] == 1.0 and same["kappa_ci95"] == [1.0, 1.0]
+
+
+def test_the_kappa_of_several_people_is_the_mean_over_each_two(evaluate, numbers):
+    raters = [[numbers.choice(("a", "b", "tie")) for _ in range(30)] for _ in range(3)]
+    labels = [((i, j), a, b) for i in range(3) for j in range(i) for a, b in zip(raters[i], raters[j])]
+    expected = sum(cohen_kappa_score(raters[i], raters[j]) for i in range(3) for j in range(i)) / 3
+    assert evaluate.agreement(labels, ["c"] * 90, 0)["kappa"] == pytest.approx(expected)
 
 
 def test_holm_allows_for_the_number_of_comparisons(evaluate):
@@ -223,7 +249,8 @@ def test_the_arms_are_compared_once_each_and_recon_with_its_control(evaluate):
     assert len(everyone) == 6 and len({frozenset(some) for some in everyone}) == 6
 
 
-@pytest.mark.parametrize("rates, words", [([0.6, 0.8], "recon does better than shuffled"), ([0.4, 0.6], "does as well as recon"), ([0.1, 0.3], "shuffled does better than recon")])
-def test_the_reading_says_in_words_what_the_control_shows(evaluate, rates, words):
-    row = {"what": "actions", "a": "recon", "b": "shuffled", "win_rate": sum(rates) / 2, "ci95": rates, "p_holm": 0.5, "flip_rate": None, "longer_wins": 0.5, "matched": {"n": 0}}
-    assert words in " ".join(evaluate.read_results([row], {}, {"name": "encoder", "same_family": False}))
+@pytest.mark.parametrize("a, b, rate, p, words", [("recon", "shuffled", 0.7, 0.01, "recon does better than its control"), ("shuffled", "recon", 0.3, 0.01, "recon does better than its control"),
+                                                  ("recon", "shuffled", 0.7, 0.06, "cannot be told apart"), ("recon", "shuffled", 0.3, 0.01, "shuffled does better than recon")])
+def test_the_reading_says_in_words_what_the_control_shows(evaluate, a, b, rate, p, words):
+    row = {"what": "actions", "a": a, "b": b, "win_rate": rate, "ci95": None, "p": p, "p_holm": p, "flip_rate": None, "longer_wins": {"n": 0, "ci95": None}, "matched": {"n": 0}}
+    assert words in " ".join(evaluate.read_results([row], {}, {"name": "encoder", "same_family": False}, None))

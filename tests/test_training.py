@@ -428,7 +428,7 @@ def test_empty_and_unfinished_and_formless_traces_earn_less_than_the_others(rl, 
     model, tokenizer = tiny
     texts = ["Sam feels tired of the weeds.", "", "I feel tired.", "Sam feels tired and", "Sam feels tired of gardens."]
     group = [common.Completion(tokenizer.encode(text), finished=True, end=1) for text in texts]
-    args = argparse.Namespace(reward="specific", leak_penalty=0.5)
+    args = argparse.Namespace(reward="specific", leak_penalty=0.5, reword_penalty=0.3)
     pair, other = make_pair(), make_pair("d/1", "nobody knows what the price of a ticket to rome is")
     monkeypatch.setattr(rl, "guard_traces", lambda encoder, traces, action, context: [{"leak": 0.0, "reworded": 0.0, "stopped": False} for _ in traces])
     rows, = rl.rate_recon(common.add_adapter(model, 4, 0), tokenizer, None, [pair], [other], [group], args)
@@ -445,11 +445,11 @@ def test_specific_credits_what_a_trace_adds_to_its_own_action_alone(rl, tiny, mo
     trace, adapted = "Sam feels tired of the weeds.", common.add_adapter(model, 4, 0)
     group = [common.Completion(tokenizer.encode(trace), True, 1)]
     monkeypatch.setattr(rl, "guard_traces", lambda *args: [{"leak": 0.0, "reworded": 0.2, "stopped": False}])
-    args = argparse.Namespace(reward="specific", leak_penalty=0.5)
+    args = argparse.Namespace(reward="specific", leak_penalty=0.5, reword_penalty=0.3)
     (row,), = rl.rate_recon(adapted, tokenizer, None, [pair], [other], [group], args)
     adapted.unload()
     own, foreign = (common.likelihood_scores(model, tokenizer, some, [trace])[0][0]["unsaid"] for some in (pair, other))
-    assert row["reward"] == pytest.approx(own - foreign, abs=1e-5)
+    assert row["reward"] == pytest.approx(own - foreign - 0.3 * 0.2, abs=1e-5)
     args.reward = "likelihood"
     adapted = common.add_adapter(model, 4, 0)
     (row,), = rl.rate_recon(adapted, tokenizer, None, [pair], [other], [group], args)
@@ -468,6 +468,7 @@ def test_the_other_pair_is_of_another_conversation_and_stays_the_same_for_a_seed
 
 @pytest.mark.parametrize("text, form", [
     ("Sam is worried about the exam and wants to sleep.", True), ("Sam hopes that Alex comes along.", True),
+    ("Sam wants Sam to tell Sam about Sam's plans. Sam wants Sam to write Sam about Sam's plans.", False),
     ("Sam is worried about the exam.", True), ("Sam misses the sea.", True), ("Sam is worried about the exam and", False), ("I am worried about the exam.", False), ("You should know that Sam is sad.", False), ("We all know Sam.", False), ("Sam thinks you should go.", False), ("Sam: worried about the exam", False),
     ('Sam feels "so tired".', False), ("Sam feels tired.\nSam: hello", False), ("The exam is tomorrow.", False), ("Sam has an exam tomorrow at noon.", False), ("", False)])
 def test_a_trace_is_about_sam_in_the_third_person_and_names_something_that_minds_do(text, form):
