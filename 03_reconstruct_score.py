@@ -46,7 +46,7 @@ from typing import Any
 from common import (ASPECTS, Group, Row, append_rows, batches_by_length, begin_output, begin_run, bootstrap_interval, check_made_from,
                     clean_action, closing_line, cut_context, decode, digit_tokens, discard, embed, encode_data, encode_prompt, finished_rows, generate, guard_traces,
                     judge_locally, judge_remotely, likelihood_scores, load_encoder, load_model, made_with, positive_int, progress, read_candidates,
-                    other_pairs, read_pairs, reconstruction_prompt, seed_of, show_context, show_rate, stage_arguments, stop, write_text)
+                    other_pairs, read_pairs, reconstruction_prompt, seed_of, show_context, show_rate, show_scene, stage_arguments, stop, write_text)
 
 SCORERS = ("likelihood", "embedding", "judge")
 Judge = Callable[[str, str, Sequence[str]], tuple[list[dict[str, float]] | None, int]]  # (context, action, guesses) -> (ratings, calls)
@@ -85,7 +85,7 @@ def score_pairs(model: Any, tokenizer: Any, encoder: Any, judge: Judge | None, p
     A control is {id, trace}, a trace of another pair. The judge never sees it, nor the reconstruction without a trace:
     with the judge alone there are N reconstructions and one judgement a pair.
     """
-    contexts = [show_context(pair) for pair in pairs]
+    contexts, scenes = [show_context(pair) for pair in pairs], [show_scene(pair) for pair in pairs]
     rows, logprobs = [], []
     for pair, context, row, control in zip(pairs, contexts, sampled, controls):
         everyone = [dict(candidate) for candidate in (*row["candidates"], control)]
@@ -105,7 +105,7 @@ def score_pairs(model: Any, tokenizer: Any, encoder: Any, judge: Judge | None, p
 
     if "embedding" in scorers or "judge" in scorers:
         more = [[None, row["control"]["trace"]] if "embedding" in scorers else [] for row in rows]
-        written = reconstruct(model, tokenizer, contexts, [[*(c["trace"] for c in row["candidates"]), *extra] for row, extra in zip(rows, more)], max_tokens)
+        written = reconstruct(model, tokenizer, scenes, [[*(c["trace"] for c in row["candidates"]), *extra] for row, extra in zip(rows, more)], max_tokens)
         for row, texts, extra in zip(rows, written, more):
             places = [*row["candidates"], row["baseline"], row["control"]]
             for place, text in zip(places, texts):
@@ -121,10 +121,10 @@ def score_pairs(model: Any, tokenizer: Any, encoder: Any, judge: Judge | None, p
                 candidate["scores"]["embedding"] = (action @ vector).item() if candidate["reconstruction"] else -1.0
 
     if "judge" in scorers:
-        for pair, context, row in zip(pairs, contexts, rows):
+        for pair, scene, row in zip(pairs, scenes, rows):
             guesses = [candidate["reconstruction"] for candidate in row["candidates"]]
             # Another guess comes first in every pair, so that no candidate's number gains from its place.
-            ratings, row["calls"]["judgements"] = judge_in_order(judge, context, pair["action"], guesses, seed_of("judge", row["id"]) % len(guesses))
+            ratings, row["calls"]["judgements"] = judge_in_order(judge, scene, pair["action"], guesses, seed_of("judge", row["id"]) % len(guesses))
             for candidate, rating in zip(row["candidates"], ratings or [None] * len(guesses)):
                 candidate["judge"] = rating
                 candidate["scores"]["judge"] = rating and sum(rating.values()) / len(ASPECTS)
@@ -198,7 +198,7 @@ def judge_movement(judge: Judge, pairs: Sequence[Row], rows: Sequence[Row]) -> R
             continue
         orders = []
         for first in range(len(guesses)):
-            ratings, made = judge_in_order(judge, show_context(pair), pair["action"], guesses, first)
+            ratings, made = judge_in_order(judge, show_scene(pair), pair["action"], guesses, first)
             calls += made
             if ratings:
                 orders.append([sum(rating.values()) / len(ASPECTS) for rating in ratings])
@@ -251,7 +251,7 @@ def room_in_window(model: Any, tokenizer: Any, prompt: str, tokens: int) -> int:
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if window is None:
         stop("the model's configuration names no window (max_position_embeddings); use a model that does")
-    return window - sum(map(len, encode_prompt(tokenizer, prompt, context="", action="", trace="", guesses=""))) - tokens
+    return window - sum(map(len, encode_prompt(tokenizer, prompt, context="", action="", trace="", guesses="", setting=""))) - tokens
 
 
 def choose_controls(work: Sequence[Row], pairs: Sequence[Row], found: dict[str, Row]) -> dict[str, Row]:

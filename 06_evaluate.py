@@ -51,7 +51,7 @@ from common import (END_THINK, FEWEST, FIELD, MIN_P, PROMPTS, Row, append_rows, 
                     check_adapter, check_made_from, clean_action, close_trace, closing_line, cut_torn_line, decode, discard, dump_row, embed, encode_data,
                     encode_prompt, file_hash, finished_rows, fraction, generate, load_adapter, load_encoder, load_model, made_with, packed_logits,
                     packed_logprobs, positive_float, positive_int, progress, quantiles, read_candidates, read_pairs, read_rows, record_of,
-                    seed_of, show_context, show_rate, stage_arguments, stop, user_prompt, words_of, write_output, write_text)
+                    seed_of, show_context, show_rate, show_scene, stage_arguments, stop, user_prompt, words_of, write_output, write_text)
 
 reconstruct_score = importlib.import_module("03_reconstruct_score")
 select_sft = importlib.import_module("04_select_sft")
@@ -192,14 +192,15 @@ def reconstruct_all(args: Namespace, pairs: Sequence[Row], scores: Path, scored:
                 chosen = [{"id": row["id"], "trace": row["trace"], "reconstruction": None, "stopped": row["stopped"]} for row in chosen]
             begin_output(output, record, args.overwrite)
             shown = {pair["id"]: pair for pair in pairs}
-            missing = [(shown[row["id"]], row) for row in chosen if row["id"] not in rows]
-            for batch in progress(batches_by_length(missing, lambda item: len(show_context(item[0])), args.batch), f"reconstructing from {arm}'s traces"):
+            for batch in progress(batches_by_length([(shown[row["id"]], row) for row in chosen], lambda item: len(show_context(item[0])), args.batch), f"reconstructing from {arm}'s traces"):
+                if all(row["id"] in rows for _, row in batch):
+                    continue
                 todo = [(pair, row) for pair, row in batch if row["reconstruction"] is None]
-                texts = reconstruct_score.reconstruct(model, tokenizer, [show_context(pair) for pair, _ in todo], [[row["trace"]] for _, row in todo], scoring["max_action_tokens"]) if todo else []
+                texts = reconstruct_score.reconstruct(model, tokenizer, [show_scene(pair) for pair, _ in todo], [[row["trace"]] for _, row in todo], scoring["max_action_tokens"]) if todo else []
                 for (_, row), (text,) in zip(todo, texts):
                     row["reconstruction"] = text
                     tokens += len(encode_data(tokenizer, text))
-                append_rows(output, [row for _, row in batch])
+                append_rows(output, [row for _, row in batch if row["id"] not in rows])
                 rows |= {row["id"]: row for _, row in batch}
         found[arm] = rows
     return found, tokens
@@ -309,7 +310,7 @@ def judge_pairs(judge: Judge, what: str, pairs: Sequence[Row], texts: dict[str, 
         known = {row["question"]: row["answer"] for row in read_rows(answers, ("question", "answer"))}
     rows = []
     for pair in progress(pairs, f"judging {what}") if asks_model else pairs:
-        context, asked = show_context(pair), {}
+        context, asked = show_scene(pair), {}
         for a, b in comparisons:
             for order in judge.orders:
                 some = texts[a][pair["id"]], texts[b][pair["id"]]

@@ -513,6 +513,7 @@ def embed(encoder: tuple[Any, Any], texts: Sequence[str], batch: int = 64) -> to
 # The modelled person is always Sam and the others take the next names: short, neutral, one token each. Only the user
 # model is told an id as well, to tell apart the people who share it.
 PERSON = "Sam"
+SETTING = "A chat between friends."                        # of a pair that names no setting
 OTHERS = ("Alex", "Robin", "Kim", "Jo", "Lee", "Max", "Pat")
 THINK, END_THINK = "<think>\n", "\n</think>\n"
 
@@ -555,8 +556,8 @@ PROMPTS = {
         ("user", "Conversation:\n{context}\n\nWrite only the next message that Sam sends."),
     ],
     # The same question as plain text, for the likelihood: shorter than the chat prompt and no worse (README, "Measured").
-    "transcript": [("text", "A chat between friends.\n\n{context}\n[{trace}]\nSam:")],
-    "transcript_no_trace": [("text", "A chat between friends.\n\n{context}\nSam:")],
+    "transcript": [("text", "{setting}\n\n{context}\n[{trace}]\nSam:")],
+    "transcript_no_trace": [("text", "{setting}\n\n{context}\nSam:")],
     # The judge sees the true action and all N reconstructions at once. It never sees a trace, so a trace cannot flatter it.
     "judge": [
         ("system", "You judge how close guesses of a message come to the message that was really sent."),
@@ -590,20 +591,25 @@ def show_context(pair: Row) -> str:
     return "\n".join(f"{names[turn['speaker']]}: {' '.join(turn['text'].split())}" for turn in pair["context"])
 
 
+def show_scene(pair: Row) -> str:
+    """What prompts are told of the conversation: where it takes place and Sam's role, if the pair says so, then the context."""
+    return (f"{pair['setting']}\n\n" if pair.get("setting") else "") + show_context(pair)
+
+
 def break_think_tags(text: str) -> str:
     """Put a space into think tags: they divide trace from action, and some tokenizers hold them as unmarked tokens."""
     return re.sub(r"<(?=/?think>)", "< ", text)
 
 
 def cut_context(tokenizer: Any, pair: Row, tokens: int) -> Row | None:
-    """The pair without its oldest turns, so that the context has at most `tokens` tokens; `cut` counts the turns left out.
+    """The pair without its oldest turns, so that setting and context have at most `tokens` tokens; `cut` counts the turns left out.
 
     Whole turns go, never a part of one. None if not even the last turn fits.
     """
     turns = pair["context"]
     for first in range(len(turns)):
         shorter = pair | {"context": turns[first:], "cut": pair.get("cut", 0) + first}
-        if len(encode_data(tokenizer, show_context(shorter))) <= tokens:
+        if len(encode_data(tokenizer, show_scene(shorter))) <= tokens:
             return shorter
     return None
 
@@ -613,7 +619,7 @@ def encode_data(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.encode(break_think_tags(text), add_special_tokens=False, split_special_tokens=True)
 
 
-FIELD = re.compile(r"\{(context|action|trace|guesses|user|first|second)\}")
+FIELD = re.compile(r"\{(setting|context|action|trace|guesses|user|first|second)\}")
 
 
 def encode_prompt(tokenizer: Any, prompt: str, thinking: bool = False, **fields: str) -> list[list[int]]:
@@ -636,20 +642,23 @@ def encode_prompt(tokenizer: Any, prompt: str, thinking: bool = False, **fields:
 
 def synthesis_prompt(tokenizer: Any, pair: Row) -> list[int]:
     """Prompt ids with which M_r writes a trace for (context, action)."""
-    return sum(encode_prompt(tokenizer, "synthesis", context=show_context(pair), action=pair["action"]), [])
+    return sum(encode_prompt(tokenizer, "synthesis", context=show_scene(pair), action=pair["action"]), [])
 
 
-def reconstruction_prompt(tokenizer: Any, context: str, traces: Sequence[str | None], prompt: str = "reconstruction") -> Group:
+def reconstruction_prompt(tokenizer: Any, context: str, traces: Sequence[str | None], prompt: str = "reconstruction", setting: str | None = None) -> Group:
     """(prefix ids up to the end of the context, the rest of the prompt for each trace); None is the no-trace prompt.
 
-    It takes the context and not the pair, so that the action cannot slip in. `prompt` is reconstruction or transcript.
+    It takes the context and not the pair, so that the action cannot slip in. `prompt` is reconstruction or transcript, which opens
+    with the `setting` in the place of a chat between friends.
     """
     prefixes, suffixes = [], []
     for trace in traces:
         name, fields = (f"{prompt}_no_trace", {}) if trace is None else (prompt, {"trace": trace})
-        before, ids, *rest = encode_prompt(tokenizer, name, context=context, **fields)
-        prefixes.append(before + ids)
-        suffixes.append(sum(rest, []))
+        pieces = encode_prompt(tokenizer, name, context=context, setting=setting or SETTING, **fields)
+        names = FIELD.findall("".join(content for _, content in PROMPTS[name]))
+        border = 2 * names.index("context") + 2              # pieces are template, field, template, field, …
+        prefixes.append(sum(pieces[:border], []))
+        suffixes.append(sum(pieces[border:], []))
     if any(prefix != prefixes[0] for prefix in prefixes):
         stop(f"the prompts {prompt} and {prompt}_no_trace must be the same up to {{context}}; see PROMPTS in common.py")
     return prefixes[0], suffixes
@@ -663,7 +672,7 @@ def list_guesses(guesses: Sequence[str]) -> str:
 def user_prompt(tokenizer: Any, pair: Row, thinking: bool) -> list[int]:
     """Prompt ids of the user model. With `thinking` it ends in an opened think block, for the trace to follow."""
     user = pair["user"] if len(pair["user"]) <= 24 else hashlib.sha256(pair["user"].encode("utf-8", "replace")).hexdigest()[:8]
-    pieces = encode_prompt(tokenizer, "user_model", thinking=thinking, user=user, context=show_context(pair))
+    pieces = encode_prompt(tokenizer, "user_model", thinking=thinking, user=user, context=show_scene(pair))
     return sum(pieces, []) + (tokenizer.encode(THINK, add_special_tokens=False) if thinking else [])
 
 
@@ -1001,7 +1010,8 @@ def unsaid_mask(tokenizer: Any, trace: str, action: str, context: str) -> list[b
 
 def action_group(tokenizer: Any, pair: Row, traces: Sequence[str | None], prompt: str = "transcript") -> tuple[Group, list[int]]:
     """A reconstruction prompt of each trace followed by the true action, and where the action starts in each suffix."""
-    prefix, suffixes = reconstruction_prompt(tokenizer, show_context(pair), traces, prompt)
+    told = show_context(pair) if prompt == "transcript" else show_scene(pair)
+    prefix, suffixes = reconstruction_prompt(tokenizer, told, traces, prompt, pair.get("setting"))
     action = encode_data(tokenizer, pair["action"])
     return (prefix, [suffix + action for suffix in suffixes]), [len(suffix) for suffix in suffixes]
 

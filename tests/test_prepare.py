@@ -26,6 +26,10 @@ def write_turns(path, conversations=20, turns=12, time=True):
     return rows
 
 
+def tidy(prepare, turns):
+    return prepare.tidy(turns, (), Counter())
+
+
 def run(prepare, tmp_path, tiny_folder, *extra):
     prepare.main(["--run", str(tmp_path / "run"), "--model", str(tiny_folder), "--source", f"turns:{tmp_path / 'turns.jsonl'}", *extra])
     return common.read_rows(tmp_path / "run" / "pairs.jsonl")
@@ -57,14 +61,14 @@ def test_whole_conversations_go_to_one_split_and_the_latest_to_test(prepare, tmp
 
 
 def test_without_dates_the_split_is_random_but_repeatable(prepare):
-    chats = [(f"c{c}", None, [("bo", "hi"), ("ann", "hello")]) for c in range(40)]
+    chats = [(f"c{c}", None, tidy(prepare, [("bo", "hi"), ("ann", "hello")])) for c in range(40)]
     one, same, other = (prepare.split_conversations(chats, ["ann"], 0.1, 0.4, seed) for seed in (1, 1, 2))
     assert one == same and one != other and Counter(one.values()) == Counter(train=20, val=4, test=16)
 
 
 def test_a_conversation_of_two_modelled_people_stays_in_one_split(prepare):
     numbers = random.Random(3)
-    chats = [(f"c{c}", f"{numbers.random()}", [("bo", "hi"), ("ann", "hello"), ("bo", "yes")]) for c in range(30)]
+    chats = [(f"c{c}", f"{numbers.random()}", tidy(prepare, [("bo", "hi"), ("ann", "hello"), ("bo", "yes")])) for c in range(30)]
     assert set(prepare.split_conversations(chats, ["ann", "bo"], 0.2, 0.2, 0)) == {f"c{c}" for c in range(30)}
 
 
@@ -72,8 +76,8 @@ def test_limits_and_duplicates_are_counted(prepare, tiny):
     _, tokenizer = tiny
     turns = [("bo", "how was the day"), ("ann", "it was a fine day really"), ("bo", "how was the day"), ("ann", "It was a fine day really"), ("bo", "x" * 900),
              ("ann", "this one has no context left"), ("bo", "ok"), ("ann", "too short"), ("bo", "and"), ("ann", "far " * 200)]
-    limits = {"turns": 1, "context_tokens": 60, "words": 4, "action_tokens": 50, "source": "test"}
-    pairs, dropped = prepare.make_pairs([("c", None, turns)], ["ann"], {"c": "train"}, limits, tokenizer)
+    limits = {"turns": 1, "context_tokens": 60, "words": 4, "action_tokens": 50, "source": "test", "setting": {}}
+    pairs, dropped = prepare.make_pairs([("c", None, tidy(prepare, turns))], ["ann"], {"c": "train"}, limits, tokenizer)
     assert [pair["id"] for pair in pairs] == ["test/c/1"]
     assert dropped == {"duplicate": 1, "last turn before the action too long": 1, "action too short": 1, "action too long": 1}
 
@@ -81,8 +85,8 @@ def test_limits_and_duplicates_are_counted(prepare, tiny):
 def test_a_context_is_cut_at_whole_turns_from_the_oldest(prepare, tiny):
     _, tokenizer = tiny
     turns = [("bo", "a" * 30), ("ann", "b" * 30), ("bo", "c" * 30), ("ann", "these are my four words")]
-    limits = {"turns": 6, "context_tokens": 90, "words": 1, "action_tokens": 90, "source": "test"}
-    pairs, _ = prepare.make_pairs([("c", None, turns)], ["ann"], {"c": "train"}, limits, tokenizer)
+    limits = {"turns": 6, "context_tokens": 90, "words": 1, "action_tokens": 90, "source": "test", "setting": {}}
+    pairs, _ = prepare.make_pairs([("c", None, tidy(prepare, turns))], ["ann"], {"c": "train"}, limits, tokenizer)
     last = pairs[-1]
     assert [turn["text"] for turn in last["context"]] == ["b" * 30, "c" * 30] and last["cut"] == 1
     assert len(common.encode_data(tokenizer, common.show_context(last))) <= 90
@@ -92,7 +96,7 @@ def test_turns_of_one_speaker_in_a_row_are_joined_and_empty_ones_left_out(prepar
     path = tmp_path / "turns.jsonl"
     rows = [("bo", "one"), ("bo", " two\n"), ("ann", "  "), ("bo", "three"), ("ann", "four")]
     path.write_text("".join(json.dumps({"conversation": "c", "speaker": s, "text": t}) + "\n" for s, t in rows))
-    assert prepare.read_source(f"turns:{path}") == [("c", None, [("bo", "one two three"), ("ann", "four")])]
+    assert list(prepare.Source(f"turns:{path}", (), None)) == [("c", None, [prepare.Turn("bo", "one two three", None), prepare.Turn("ann", "four", 0)])]
 
 
 def test_a_hub_data_set_is_read_from_a_local_folder(prepare, tmp_path, monkeypatch):
@@ -101,7 +105,7 @@ def test_a_hub_data_set_is_read_from_a_local_folder(prepare, tmp_path, monkeypat
     folder.mkdir()
     rows = [{"id": "x", "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert prepare.read_source(f"hub:{folder}") == [("x", None, [("user", "hi"), ("assistant", "hello")])]
+    assert list(prepare.Source(f"hub:{folder}", (), None)) == [("x", None, [prepare.Turn("user", "hi", None), prepare.Turn("assistant", "hello", 0)])]
 
 
 def test_list_users_counts_replies(prepare, tmp_path, capsys):
@@ -120,7 +124,8 @@ def test_list_users_counts_replies(prepare, tmp_path, capsys):
     ('{"conversation": "c", "speaker": "a", "text": 5}\n', [], ["line 1", "'text'", "int"]),
     ('{"conversation": "c", "speaker": "a", "text": "x"}\n{"conversation": "c", "spea', [], ["line 2", "not a whole JSON object"]),
     ('{"conversation": "c", "speaker": "a", "text": "x", "time": []}\n', [], ["line 1", "'time'"]),
-    ('{"conversation": "c", "speaker": "a", "text": "x"}\n{"conversation": "c", "speaker": "b", "text": "y"}\n', [], ["no pair is left"]),
+    ('{"conversation": "c", "speaker": "a", "text": "x"}\n{"conversation": "c", "speaker": "b", "text": "y"}\n', [], ["--user b replies in 1 conversation ", "three are needed"]),
+    ("".join(f'{{"conversation": "c{c}", "speaker": "{s}", "text": "x"}}\n' for c in range(3) for s in "ab"), [], ["no pair is left"]),
 ])
 def test_bad_sources_get_one_clear_message(prepare, tmp_path, tiny_folder, capsys, content, arguments, words):
     if content is not None:
@@ -134,4 +139,4 @@ def test_bad_sources_get_one_clear_message(prepare, tmp_path, tiny_folder, capsy
 def test_an_unknown_source_names_the_known_ones(prepare, tmp_path, capsys):
     with pytest.raises(SystemExit):
         prepare.main(["--run", str(tmp_path), "--source", "reddit:x"])
-    assert "chitchat, turns, hub" in capsys.readouterr().err
+    assert "chitchat, convokit, markdown, turns, hub" in capsys.readouterr().err
