@@ -291,6 +291,14 @@ def remote_judge(name: str, tries: int = 3) -> Judge:
 FAMILIES = ("smollm", "llama", "qwen", "gemma", "gemini", "mistral", "mixtral", "phi", "gpt", "claude", "deepseek", "olmo", "granite", "falcon")
 
 
+def load_judge(args: Namespace, encoder: Any) -> Judge:
+    if args.judge == "encoder":
+        return encoder_judge(encoder, args.margin)
+    if args.judge.startswith("openai:"):
+        return remote_judge(args.judge)
+    return local_judge(f"{args.judge}{' in 4 bits' * bool(args.four_bit)}", *load_model(args.judge, args.four_bit))
+
+
 def family(model: str) -> str | None:
     """The family that a model's name or path names: 'qwen' of 'Qwen/Qwen3-8B'; None if it names none that we know."""
     name = "smollm" if model == "embedded" else model.lower()
@@ -444,6 +452,18 @@ def holm(values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(values) - rank) * values[place]))
         adjusted[place] = largest
     return adjusted
+
+
+def compare_all(judgements: Sequence[Row], pairs: Sequence[Row], texts: dict[str, dict[str, str]], seed: int) -> list[Row]:
+    """Statistics of every comparison in the judgements, with p_holm over those that have a p."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in judgements:
+        groups.setdefault((row["a"], row["b"]), []).append(row)
+    found = [compare(group, pairs, texts, seed) for group in groups.values()]
+    valid = [row for row in found if row["p"] is not None]
+    for row, p in zip(valid, holm([row["p"] for row in valid])):
+        row["p_holm"] = p
+    return found
 
 
 def choose_comparisons(arms: Sequence[str], versus: str, round_robin: bool) -> list[tuple[str, str]]:
@@ -621,18 +641,52 @@ def compare_people(files: Sequence[Path], run: Path, judgements: Sequence[Row], 
 # Results
 
 
-def describe_arms(what: str, arms: Sequence[str], versus: str, comparisons: Sequence[Row], pairs: Sequence[Row], texts: dict[str, dict[str, str]],
-                  traces: dict[str, dict[str, str | None]], similarity: dict[str, list[float]]) -> dict[str, Row]:
+def describe_arms(what: str, versus: str, comparisons: Sequence[Row], pairs: Sequence[Row], texts: dict[str, dict[str, str]],
+                  traces: dict[str, dict[str, str | None]], near: dict[str, dict[str, float]]) -> dict[str, Row]:
     """What results.json holds of each arm: its comparison with `versus`, and what its texts are like."""
     described = {}
-    for arm in arms:
+    for arm in texts:
         row = next((row for row in comparisons if (row["what"], row["a"], row["b"]) == (what, arm, versus)), {})
         mine, thoughts = [texts[arm][pair["id"]] for pair in pairs], [traces[arm][pair["id"]] for pair in pairs]
         described[arm] = {"n": len(pairs), "versus": versus if row else None, **{key: row.get(key) for key in ("wins", "ties", "losses", "win_rate", "ci95", "p", "p_holm")},
-                          "similarity": sum(similarity[arm]) / len(pairs), "distinct_actions": len(set(mine)) / len(mine), "empty_actions": mine.count(""),
+                          "similarity": sum(near[arm].values()) / len(pairs), "distinct_actions": len(set(mine)) / len(mine), "empty_actions": mine.count(""),
                           "action_words": sum(len(words_of(text)) for text in mine) / len(mine), "trace_words": sum(len(words_of(text or "")) for text in thoughts) / len(thoughts),
                           "ids": [pair["id"] for pair in pairs]}
     return described
+
+
+def describe_likelihood(pairs: Sequence[Row], mine: dict[str, Row], other: dict[str, Row], seed: int) -> Row:
+    """The mean log-prob of the true action, its gain over that of `other` with an interval, and the share of traces that met the token limit."""
+    gains = [mine[pair["id"]]["action_logprob"] - other[pair["id"]]["action_logprob"] for pair in pairs]
+    return {"action_logprob": sum(mine[pair["id"]]["action_logprob"] for pair in pairs) / len(pairs), "action_logprob_gain": sum(gains) / len(gains),
+            "action_logprob_gain_ci95": bootstrap_interval(gains, [pair["conversation"] for pair in pairs], seed),
+            "cut_traces": sum(not mine[pair["id"]]["finished"] for pair in pairs) / len(pairs)}
+
+
+def make_examples(pairs: Sequence[Row], predictions: dict[str, dict[str, Row]], rebuilt: dict[str, dict[str, Row]], near: dict[str, dict[str, dict[str, float]]],
+                  judgements: Sequence[Row], versus: str, scored: Sequence[Row]) -> list[Row]:
+    """What the report shows of each pair: every arm's trace and action with its outcome against `versus`, reconstructions, candidates."""
+    winners: dict[tuple[str, str], list[str | None]] = {}
+    for row in judgements:
+        if row["what"] == "actions" and row["b"] == versus:
+            winners.setdefault((row["id"], row["a"]), []).append(row["winner"])
+    outcome, by_id, examples = {"a": "win", "b": "loss", "tie": "tie", None: None}, {row["id"]: row for row in scored}, []
+    for pair in pairs:
+        name, row = pair["id"], by_id.get(pair["id"], {"candidates": [], "baseline": {}})
+        arms = {arm: {"trace": rows[name]["trace"], "action": rows[name]["action"], "similarity": near["actions"][arm][name],
+                      "outcome": outcome[settle(winners.get((name, arm), [None]))[0]]} for arm, rows in predictions.items()}
+        more = {arm: {"trace": rows[name]["trace"], "reconstruction": rows[name]["reconstruction"], "similarity": near["reconstructions"][arm].get(name)}
+                for arm, rows in rebuilt.items() if name in rows}
+        examples.append({"id": name, "user": pair["user"], "context": show_context(pair), "action": pair["action"], "arms": arms, "rebuilt": more,
+                         "candidates": row["candidates"], "baseline": row["baseline"]})
+    return examples
+
+
+def distributions(scored: Sequence[Row]) -> Row:
+    """For each score, the values of pairs' own traces and of the control, another pair's trace."""
+    names = sorted({name for row in scored for candidate in row["candidates"] for name in candidate["scores"]})
+    return {name: {"a pair's own traces": [candidate["scores"].get(name) for row in scored for candidate in row["candidates"]],
+                   "another pair's trace": [row["control"]["scores"].get(name) for row in scored]} for name in names}
 
 
 def draw_table(what: str, arms: dict[str, Row]) -> str:
@@ -1066,73 +1120,42 @@ def main(argv: list[str] | None = None) -> None:
         print(f"no reconstructions are compared: {scores} holds no held-out pair")
 
     encoder = load_encoder(args.encoder)
-    judge = (encoder_judge(encoder, args.margin) if args.judge == "encoder" else remote_judge(args.judge) if args.judge.startswith("openai:")
-             else local_judge(f"{args.judge}{' in 4 bits' * bool(args.four_bit)}", *load_model(args.judge, args.four_bit)))
+    judge = load_judge(args, encoder)
     if args.overwrite:
         discard(args.run / "answers.jsonl")
-    judgements, comparisons, similarity = [], [], {}
     written = {"actions": {arm: {name: row["action"] for name, row in rows.items()} for arm, rows in predictions.items()},
                "reconstructions": {arm: {name: row["reconstruction"] for name, row in rows.items()} for arm, rows in rebuilt.items()}}
     thoughts = {what: {arm: {name: row["trace"] for name, row in rows.items()} for arm, rows in some.items()} for what, some in zip(WHATS, (predictions, rebuilt))}
+    judgements, comparisons, near = [], [], {}
     results: Row = {"arms": {}, "reconstructions": {}}
     for what, key in zip(WHATS, results):
-        texts = written[what]
-        if not texts:
-            continue
-        some = [pair for pair in pairs if all(pair["id"] in rows for rows in texts.values())]
-        versus = args.versus if args.versus in texts else "backward"              # e2e-grpo's traces come with its actions, none without
-        rows = judge_pairs(judge, what, some, texts, choose_comparisons(list(texts), versus, args.round_robin), args.run / "answers.jsonl")
-        groups: dict[tuple[str, str], list[Row]] = {}
-        for row in rows:
-            groups.setdefault((row["a"], row["b"]), []).append(row)
-        found = [compare(group, some, texts, args.seed) for group in groups.values()]
-        valid = [row for row in found if row.get("p") is not None]
-        for row, p in zip(valid, holm([row["p"] for row in valid])):
-            row["p_holm"] = p
-        near = {arm: cosines(encoder, [pair["action"] for pair in some], [of[pair["id"]] for pair in some]) for arm, of in texts.items()}
-        results[key] = describe_arms(what, list(texts), versus, found, some, texts, thoughts[what], near)
-        similarity[what] = {arm: dict(zip((pair["id"] for pair in some), values)) for arm, values in near.items()}
-        judgements, comparisons = judgements + rows, comparisons + found
-    for arm, rows in predictions.items():
-        likely = [(rows[pair["id"]]["action_logprob"], predictions[args.versus][pair["id"]]["action_logprob"]) for pair in pairs]
-        results["arms"][arm] |= {"action_logprob": sum(mine for mine, _ in likely) / len(pairs), "action_logprob_gain": sum(mine - other for mine, other in likely) / len(pairs),
-                                 "action_logprob_gain_ci95": bootstrap_interval([mine - other for mine, other in likely], [pair["conversation"] for pair in pairs], args.seed),
-                                 "cut_traces": sum(not rows[pair["id"]]["finished"] for pair in pairs) / len(pairs)}
+        if written[what]:
+            some = [pair for pair in pairs if all(pair["id"] in rows for rows in written[what].values())]
+            versus = args.versus if args.versus in written[what] else "backward"          # e2e-grpo's traces come with its actions, none without
+            rows = judge_pairs(judge, what, some, written[what], choose_comparisons(list(written[what]), versus, args.round_robin), args.run / "answers.jsonl")
+            found = compare_all(rows, some, written[what], args.seed)
+            near[what] = {arm: dict(zip((pair["id"] for pair in some), cosines(encoder, [pair["action"] for pair in some], [of[pair["id"]] for pair in some])))
+                          for arm, of in written[what].items()}
+            results[key] = describe_arms(what, versus, found, some, written[what], thoughts[what], near[what])
+            judgements, comparisons = judgements + rows, comparisons + found
+    for arm, row in results["arms"].items():
+        row |= describe_likelihood(pairs, predictions[arm], predictions[args.versus], args.seed)
 
-    made_by = lambda name: record_of(args.run / name)["arguments"]["model"] if (args.run / name).is_file() else None
-    kin = family(args.judge)
+    kin, scorer = family(args.judge), score_of(args.run, "recon", scored) if scored else None
     about = {"name": args.judge, "encoder": args.encoder, "margin": args.margin if args.judge == "encoder" else None, "orders": list(judge.orders),
              "same_family": args.judge != "encoder" and (args.judge == args.model or (kin is not None and kin == family(args.model)))}
-    scorer = score_of(args.run, "recon", scored) if scored else None
+    made_by = lambda name: record_of(args.run / name)["arguments"]["model"] if (args.run / name).is_file() else None
     results |= {"comparisons": comparisons, "reading": read_results(comparisons, results["arms"], about, scorer),
                 "people": compare_people(args.human_labels, args.run, judgements, pairs, written["actions"], args.seed) if args.human_labels else None, "judge": about,
                 "data": {"made_with": record_of(source)["arguments"], "people": dict(Counter(pair["user"] for pair in pairs)), "pairs": len(pairs),
                          "conversations": len({pair["conversation"] for pair in pairs})},
-                "models": {"user_models": args.model, "scores": made_by("scores.jsonl"), "traces": made_by("candidates.jsonl")},
-                "scorer": scorer, "made_with": record}
-    verdicts: dict[tuple[str, str], list[str | None]] = {}
-    for row in judgements:
-        if row["what"] == "actions" and row["b"] == args.versus:
-            verdicts.setdefault((row["id"], row["a"]), []).append(row["winner"])
-    by_id, outcome, examples = {row["id"]: row for row in scored}, {"a": "win", "b": "loss", "tie": "tie", None: None}, []
-    for pair in pairs:
-        name, row = pair["id"], by_id.get(pair["id"], {"candidates": [], "baseline": {}})
-        arms = {arm: {"trace": rows[name]["trace"], "action": rows[name]["action"], "similarity": similarity["actions"][arm][name],
-                      "outcome": outcome[settle(verdicts.get((name, arm), [None]))[0]]} for arm, rows in predictions.items()}
-        more = {arm: {"trace": rows[name]["trace"], "reconstruction": rows[name]["reconstruction"], "similarity": similarity["reconstructions"][arm][name]}
-                for arm, rows in rebuilt.items() if name in rows}
-        examples.append({"id": name, "user": pair["user"], "context": show_context(pair), "action": pair["action"], "arms": arms, "rebuilt": more,
-                         "candidates": row["candidates"], "baseline": row["baseline"]})
-    names = sorted({name for row in scored for candidate in row["candidates"] for name in candidate["scores"]})
-    value = lambda candidate, name: candidate["scores"].get(name)
-    distributions = {name: {"a pair's own traces": [value(c, name) for row in scored for c in row["candidates"]], "another pair's trace": [value(row["control"], name) for row in scored]}
-                     for name in names}
+                "models": {"user_models": args.model, "scores": made_by("scores.jsonl"), "traces": made_by("candidates.jsonl")}, "scorer": scorer, "made_with": record}
     write_text(judged, "".join(map(dump_row, judgements)))
-    costs = args.run / "costs.jsonl"
+    costs, calls = args.run / "costs.jsonl", args.run / "scores.summary.json"
     shorter = {key: {arm: {name: cell for name, cell in row.items() if name != "ids"} for arm, row in results[key].items()} for key in ("arms", "reconstructions")}
-    write_page(report, PAGE, {**results, **shorter, "versus": args.versus, "examples": examples, "distributions": distributions,
-                              "rl": read_rows(curves, ("objective", "step")) if curves.is_file() else [], "costs": read_rows(costs) if costs.is_file() else [],
-                              "calls": json.loads(path.read_text(encoding="utf-8"))["calls"] if (path := args.run / "scores.summary.json").is_file() else {}})
+    write_page(report, PAGE, {**results, **shorter, "versus": args.versus, "examples": make_examples(pairs, predictions, rebuilt, near, judgements, args.versus, scored),
+                              "distributions": distributions(scored), "rl": read_rows(curves, ("objective", "step")) if curves.is_file() else [],
+                              "costs": read_rows(costs) if costs.is_file() else [], "calls": json.loads(calls.read_text(encoding="utf-8"))["calls"] if calls.is_file() else {}})
     if args.human_sheet:
         against = [row for row in choose_comparisons(list(predictions), args.versus, False) if args.versus in row]
         items = choose_items(pairs, written["actions"], against, args.human_sheet, args.seed)
