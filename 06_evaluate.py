@@ -808,15 +808,15 @@ function table(head, rows, textColumns) {
   return node;
 }
 const arms = Object.keys(data.arms), versus = data.versus;
-const model = data.models.user_models === "embedded" ? "SmolLM2-135M-Instruct" : data.models.user_models;
+const called = name => name === "embedded" ? "SmolLM2-135M-Instruct" : name ?? "nobody";
 const range = ends => ends ? ends.map(percent).join(" – ") : "none";
 const rate = row => row.win_rate === null || row.win_rate === undefined ? "" : percent(row.win_rate);
-by("about").textContent = `${data.data.pairs} held-out pairs of ${Object.keys(data.data.people).length} people in ${data.data.conversations} conversations; user models on ${model}, traces by ${data.models.traces ?? "unknown"}, scored by ${data.models.scores ?? "nobody"}; judge: ${data.judge.name}${data.judge.same_family ? ", of the user models' own family" : ""}. An interval that holds 50 % shows no difference.`;
+by("about").textContent = `${data.data.pairs} held-out pairs of ${Object.keys(data.data.people).length} people in ${data.data.conversations} conversations; user models on ${called(data.models.user_models)}, traces by ${called(data.models.traces)}, scored by ${called(data.models.scores)}; judge: ${data.judge.name}${data.judge.same_family ? ", of the user models' own family" : ""}. An interval that holds 50 % shows no difference.`;
 for (const sentence of data.reading) by("reading").append(make("li", sentence));
 function armTable(rows, acted) {
-  return table(["arm", "n", "wins", "ties", "losses", "win rate", "95 % interval", "p", "Holm", "similarity", ...(acted ? ["log p(action)", "gain", "95 % interval", "cut"] : []), "distinct", "words", "trace words"],
-    Object.entries(rows).map(([arm, r]) => [arm, r.n, r.wins ?? "", r.ties ?? "", r.losses ?? "", r.versus ? rate(r) : "compared with", r.versus ? range(r.ci95) : "",
-      fixed(r.p), fixed(r.p_holm), fixed(r.similarity), ...(acted ? [fixed(r.action_logprob), r.versus ? fixed(r.action_logprob_gain) : "", r.versus && r.action_logprob_gain_ci95 ? r.action_logprob_gain_ci95.map(end => fixed(end)).join(" – ") : "", percent(r.cut_traces)] : []), percent(r.distinct_actions), fixed(r.action_words, 1), fixed(r.trace_words, 1)]), []);
+  return table(["arm", "win rate", "95 % interval", "p", "Holm", "n", "wins", "ties", "losses", "similarity", ...(acted ? ["log p(action)", "gain", "95 % interval", "cut"] : []), "distinct", "words", "trace words"],
+    Object.entries(rows).map(([arm, r]) => [arm, r.versus ? rate(r) : "compared with", r.versus ? range(r.ci95) : "",
+      fixed(r.p), fixed(r.p_holm), r.n, r.wins ?? "", r.ties ?? "", r.losses ?? "", fixed(r.similarity), ...(acted ? [fixed(r.action_logprob), r.versus ? fixed(r.action_logprob_gain) : "", r.versus && r.action_logprob_gain_ci95 ? r.action_logprob_gain_ci95.map(end => fixed(end)).join(" – ") : "", percent(r.cut_traces)] : []), percent(r.distinct_actions), fixed(r.action_words, 1), fixed(r.trace_words, 1)]), []);
 }
 function forest(rows, what) {
   const shown = rows.filter(row => row.what === what && row.win_rate !== null), height = 44 + 30 * shown.length, x = value => 220 + 460 * value;
@@ -839,10 +839,10 @@ if (Object.keys(data.reconstructions).length) {
   by("reconstructions").append(armTable(data.reconstructions, false));
   by("reconstructions-plot").append(forest(data.comparisons, "reconstructions"));
 }
-by("comparisons").append(table(["of", "arm", "over", "n", "win rate", "95 % interval", "by people", "p", "Holm", "identical", "flips", "unparsed", "similar length (n)", "longer wins (n)", "needed", "by person"],
-  data.comparisons.map(r => [r.what, r.a, r.b, r.n, rate(r), range(r.ci95), range(r.ci95_people), fixed(r.p), fixed(r.p_holm), r.identical ?? "", r.flip_rate === null ? "none" : percent(r.flip_rate), percent(r.unparsed),
+by("comparisons").append(table(["comparison", "of", "n", "win rate", "95 % interval", "by people", "p", "Holm", "identical", "flips", "unparsed", "similar length (n)", "longer wins (n)", "needed", "by person"],
+  data.comparisons.map(r => [`${r.a} over ${r.b}`, r.what, r.n, rate(r), range(r.ci95), range(r.ci95_people), fixed(r.p), fixed(r.p_holm), r.identical ?? "", r.flip_rate === null ? "none" : percent(r.flip_rate), percent(r.unparsed),
     r.matched?.n ? `${rate(r.matched)} (${r.matched.n})` : "", r.longer_wins?.n ? `${rate(r.longer_wins)} (${r.longer_wins.n})` : "", r.needed ?? "",
-    Object.entries(r.by_person ?? {}).map(([person, part]) => `${person.slice(0, 8)} ${rate(part)}`).join(", ")]), [0, 1, 2]));
+    Object.entries(r.by_person ?? {}).map(([person, part]) => `${person.slice(0, 8)} ${rate(part)}`).join(", ")]), []));
 if (data.people) {
   by("people-part").hidden = false;
   by("people").append(table(["", "labels", "agreement", "95 % interval", "kappa", "95 % interval"], [["with_judge", "people and judge"], ["with_judge_decided", "the same, where both decided"],
