@@ -347,13 +347,13 @@ def load_corpus(path: Path) -> tuple[Corpus, dict[str, list]]:
     corpus.speakers, corpus.conversations = list(speakers), list(conversations)
     return corpus, problems
 
-def read_convokit(place: str, sha256: str | None = None) -> Iterator[Conversation]:
+def read_convokit(path: str) -> Iterator[Conversation]:
     """The conversations of a corpus, each a thread: parents before the utterances that answer them, siblings in the order of the file.
 
     The time is that of its first utterance if it can be a date (seconds since 1970); in a transcript it counts from the
     start of the recording and orders nothing.
     """
-    corpus, _ = load_corpus(corpus_file(place, sha256))
+    corpus, _ = load_corpus(Path(path))
     order = sorted((row for row, thread in enumerate(corpus.conversation) if thread >= 0), key=corpus.conversation.__getitem__)
     at = 0
     while at < len(order):
@@ -483,14 +483,27 @@ class Source:
             stop(f"--source {source}: say which, as in {self.kind}:PATH_OR_NAME")
         if sha256 and self.kind != "convokit":
             stop("--sha256 is for --source convokit:NAME_OR_FILE")
+        if self.kind == "turns" and not Path(rest).is_file():
+            stop(f"{rest} does not exist; --source turns:FILE needs a JSONL file")
+        self.place = str(corpus_file(rest, sha256)) if self.kind == "convokit" else rest
         self.name, self.rules, self.counts = source, tuple(rules), Counter()
-        self.read = lambda: SOURCES[self.kind](rest, *([sha256] if self.kind == "convokit" else []))
-        self.problems = lambda: load_corpus(corpus_file(rest, sha256))[1] if self.kind == "convokit" else {}
+
+    def files(self) -> Row:
+        """The hash of every file that is read, by name; none for a package or a hub's data set."""
+        if self.kind in ("chitchat", "hub"):
+            return {}
+        path = Path(self.place)
+        files = [path] if path.is_file() else sorted(path.rglob("*.md" if self.kind == "markdown" else "*")) if path.is_dir() else []
+        return {(file.relative_to(path).as_posix() if file != path else file.name): file_hash(file) for file in files if file.is_file()}
+
+    def problems(self) -> dict[str, list]:
+        """What was wrong with a corpus: the first place and the count of each kind."""
+        return load_corpus(Path(self.place))[1] if self.kind == "convokit" else {}
 
     def __iter__(self) -> Iterator[tuple[str, str | None, list[Turn]]]:
         self.counts.clear()
         empty = True
-        for name, at, turns in progress(self.read(), "reading conversations"):
+        for name, at, turns in progress(SOURCES[self.kind](self.place), "reading conversations"):
             if found := tidy(turns, self.rules, self.counts):
                 empty = False
                 yield name, at, found
@@ -621,15 +634,6 @@ def pseudonymise(pairs: list[Row], users: list[str], speakers: Iterable[str]) ->
     return hidden
 
 
-def source_files(kind: str, rest: str, sha256: str | None) -> Row:
-    """The hash of every file that a source is read from, by name; a corpus that is not here yet is downloaded. None for a package or a hub's data set."""
-    if kind in ("chitchat", "hub"):
-        return {}
-    path = corpus_file(rest, sha256) if kind == "convokit" else Path(rest)
-    files = [path] if path.is_file() else sorted(path.rglob("*.md" if kind == "markdown" else "*")) if path.is_dir() else []
-    return {(file.relative_to(path).as_posix() if file != path else file.name): file_hash(file) for file in files if file.is_file()}
-
-
 def choose_people(asked: Iterable[str], preset: Iterable[str], replies: Counter, source: str) -> list[str]:
     """The people to model: those asked for, those of the preset, or the two who reply most. Stops at a name that nobody has, with the nearest ones."""
     users = list(dict.fromkeys(asked or preset or [user for user, _ in replies.most_common(2)]))
@@ -669,16 +673,13 @@ def main(argv: list[str] | None = None) -> None:
         domain.clean = {"markdown": DOMAINS["podcast"].clean, "convokit": ("deleted",)}.get(args.source.partition(":")[0], ())
     args.setting = args.setting or domain.setting
     started = time.monotonic() if args.list_users else begin_run(args.run)
-    kind, _, rest = args.source.partition(":")
-    if kind == "turns" and not Path(rest).is_file():
-        stop(f"{rest} does not exist; --source turns:FILE needs a JSONL file")
+    source = Source(args.source, domain.clean, args.sha256)
     output = args.run / "pairs.jsonl"
     told = argparse.Namespace(**vars(args) | {"user": args.user and [hashlib.sha256(user.encode("utf-8", "replace")).hexdigest()[:8] if args.pseudonymise else user for user in args.user]})
-    record = made_with(told, files=source_files(kind, rest, args.sha256), clean=domain.clean, people=[] if args.pseudonymise else domain.people)
+    record = made_with(told, files=source.files(), clean=domain.clean, people=[] if args.pseudonymise else domain.people)
     if not args.list_users and check_record(output, record, args.overwrite):
         print(f"01_prepare: {output} is already made ({len(read_pairs(output))} pairs)")
         return
-    source = Source(args.source, domain.clean, args.sha256)
     replies = count_replies(source)
     if args.list_users:
         print(f"{'replies':>8}  user")

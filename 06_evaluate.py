@@ -41,6 +41,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ rl_train = importlib.import_module("05_rl_train")
 
 ARMS = ("none", "backward", "recon", "recon-grpo", "e2e-grpo", "shuffled", "longest", "worst")
 WHATS = ("actions", "reconstructions")
+Base = Callable[[str, bool | None], tuple[Any, Any]]         # load_model, which keeps what it loaded last
 
 
 # ------------------------------------------------------------------------------------------------
@@ -100,9 +102,8 @@ def true_action_logprob(model: Any, tokenizer: Any, pair: Row, traces: Sequence[
     return ((sums.logsumexp(0) - math.log(len(sums))) / len(action)).item()
 
 
-def act_all(args: Namespace, pairs: Sequence[Row], folders: dict[str, Path], source: Path) -> tuple[dict[str, dict[str, Row]], int, int]:
+def act_all(args: Namespace, base: Base, pairs: Sequence[Row], folders: dict[str, Path], source: Path) -> tuple[dict[str, dict[str, Row]], int, int]:
     """(predictions by arm and id, tokens read or written, rows that were there already); appends to predictions/ARM.jsonl."""
-    model = tokenizer = None
     tokens = reused = 0
     predictions: dict[str, dict[str, Row]] = {}
     acting = {key: vars(args)[key] for key in ("model", "four_bit", "seed", "limit", "traces", "max_trace_tokens", "max_action_tokens", "temperature", "batch")}
@@ -112,8 +113,7 @@ def act_all(args: Namespace, pairs: Sequence[Row], folders: dict[str, Path], sou
         rows = finished_rows(output, record, args.overwrite, ("id", "trace", "finished", "action", "action_logprob"), [pair["id"] for pair in pairs])
         reused += len(rows)
         if len(rows) < len(pairs):
-            if model is None:
-                model, tokenizer = load_model(args.model, args.four_bit)
+            model, tokenizer = base(args.model, args.four_bit)
             user_model = load_adapter(model, folder, args.model)
             begin_output(output, record, args.overwrite)
             for batch in progress(batches_by_length(pairs, lambda pair: len(show_context(pair)), args.batch), f"{arm} acts"):
@@ -148,7 +148,7 @@ def score_of(run: Path, arm: str, scored: Sequence[Row]) -> str:
     return found or next((name for name in ("unsaid", "likelihood", "embedding", "judge") if name in scored[0]["candidates"][0]["scores"]), "unsaid")
 
 
-def reconstruct_all(args: Namespace, pairs: Sequence[Row], scores: Path, scored: Sequence[Row]) -> tuple[dict[str, dict[str, Row]], int]:
+def reconstruct_all(args: Namespace, base: Base, pairs: Sequence[Row], scores: Path, scored: Sequence[Row]) -> tuple[dict[str, dict[str, Row]], int]:
     """(reconstructions by arm and id, tokens read or written) from each arm's traces for the held-out pairs that stage 3 scored.
 
     Written by the model that scored, which need not be the one that user models were fitted on. Arm recon-grpo's traces
@@ -166,7 +166,6 @@ def reconstruct_all(args: Namespace, pairs: Sequence[Row], scores: Path, scored:
             arms.append("recon-grpo")
         else:
             print(f"no reconstructions from recon-grpo's traces: the synthesizer was trained on {trained_on}, and {scoring['model']} scored")
-    model = tokenizer = None
     found: dict[str, dict[str, Row]] = {}
     tokens = 0
     for arm in sorted(arms, key=ARMS.index):
@@ -182,8 +181,8 @@ def reconstruct_all(args: Namespace, pairs: Sequence[Row], scores: Path, scored:
                 whole = select_sft.rows_with_score(scored, score)
                 ids = {row["id"] for row in whole}
                 chosen = held_out_traces(arm, [pair for pair in pairs if pair["id"] in ids], whole, score, args.seed)
-            if model is None and (chosen is None or any(row["reconstruction"] is None for row in chosen)):
-                model, tokenizer = load_model(scoring["model"], scoring["four_bit"])
+            if chosen is None or any(row["reconstruction"] is None for row in chosen):
+                model, tokenizer = base(scoring["model"], scoring["four_bit"])
             if chosen is None:
                 encoder = encoder or load_encoder(scoring["encoder"])
                 tracing = Namespace(**record_of(written)["arguments"], run=args.run, overwrite=args.overwrite)
@@ -291,12 +290,12 @@ def remote_judge(name: str, tries: int = 3) -> Judge:
 FAMILIES = ("smollm", "llama", "qwen", "gemma", "gemini", "mistral", "mixtral", "phi", "gpt", "claude", "deepseek", "olmo", "granite", "falcon")
 
 
-def load_judge(args: Namespace, encoder: Any) -> Judge:
+def load_judge(args: Namespace, base: Base, encoder: Any) -> Judge:
     if args.judge == "encoder":
         return encoder_judge(encoder, args.margin)
     if args.judge.startswith("openai:"):
         return remote_judge(args.judge)
-    return local_judge(f"{args.judge}{' in 4 bits' * bool(args.four_bit)}", *load_model(args.judge, args.four_bit))
+    return local_judge(f"{args.judge}{' in 4 bits' * bool(args.four_bit)}", *base(args.judge, args.four_bit))
 
 
 def family(model: str) -> str | None:
@@ -723,17 +722,21 @@ def write_page(path: Path, page: str, data: Row) -> None:
 
 
 # Both pages stand in this file, because a page must be one file that works offline and the stage should be one file too.
-PAGE = r"""<!DOCTYPE html>
+HEAD = r"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>Recon: report of a run</title>
 <style>
 :root { color-scheme: light dark; --ink: light-dark(#1c1e21, #e6e6e3); --soft: light-dark(#63676e, #9a9ea6); --line: light-dark(#dcdee2, #393d44);
   --card: light-dark(#fff, #1f2226); --back: light-dark(#f5f6f7, #16181b); --mark: light-dark(#2458c5, #82aaff); --good: light-dark(#117a4b, #5fd0a0); --bad: light-dark(#b3342b, #ff8f84); }
 * { box-sizing: border-box; }
+</style>
+"""
+
+PAGE = HEAD + r"""<title>Recon: report of a run</title>
+<style>
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back); }
 h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .6rem; } h3 { font-size: .95rem; margin: 1.2rem 0 .4rem; color: var(--soft); }
 p.note { color: var(--soft); margin: .3rem 0; max-width: 46rem; }
@@ -965,17 +968,8 @@ by("made").textContent = JSON.stringify(data.made_with, null, 1);
 </html>
 """
 
-SHEET = r"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>Recon: which message comes closer?</title>
+SHEET = HEAD + r"""<title>Recon: which message comes closer?</title>
 <style>
-:root { color-scheme: light dark; --ink: light-dark(#1c1e21, #e6e6e3); --soft: light-dark(#63676e, #9a9ea6); --line: light-dark(#dcdee2, #393d44);
-  --card: light-dark(#fff, #1f2226); --back: light-dark(#f5f6f7, #16181b); --mark: light-dark(#2458c5, #82aaff); --good: light-dark(#117a4b, #5fd0a0); }
-* { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem 1rem 3rem; max-width: 48rem; font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back); overflow-wrap: anywhere; }
 h1 { font-size: 1.3rem; margin: 0; } p { margin: .4rem 0; } small, .soft { color: var(--soft); }
 progress { width: 100%; height: .6rem; accent-color: var(--mark); }
@@ -1106,7 +1100,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"06_evaluate: {target} and {report} are already made")
         return
 
-    predictions, tokens, reused = act_all(args, pairs, folders, source)
+    base = lru_cache(maxsize=1)(load_model)                   # user model, reconstructor and judge may be one base: loaded once, and never two at a time
+    predictions, tokens, reused = act_all(args, base, pairs, folders, source)
     rebuilt: dict[str, dict[str, Row]] = {}
     scored: list[Row] = []
     if scores.is_file():
@@ -1114,13 +1109,13 @@ def main(argv: list[str] | None = None) -> None:
         scored = read_candidates(scores, "03_reconstruct_score.py", ("scores", "leak", "reworded", "stopped", "tokens"), ("baseline", "control"))
         held_out = {pair["id"] for pair in pairs}
         if some := [row for row in scored if row["id"] in held_out]:
-            rebuilt, read = reconstruct_all(args, pairs, scores, some)
+            rebuilt, read = reconstruct_all(args, base, pairs, scores, some)
             tokens += read
     if not rebuilt:
         print(f"no reconstructions are compared: {scores} holds no held-out pair")
 
     encoder = load_encoder(args.encoder)
-    judge = load_judge(args, encoder)
+    judge = load_judge(args, base, encoder)
     if args.overwrite:
         discard(args.run / "answers.jsonl")
     written = {"actions": {arm: {name: row["action"] for name, row in rows.items()} for arm, rows in predictions.items()},

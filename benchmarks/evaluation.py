@@ -1,6 +1,6 @@
 """The whole loop with all arms and controls on the embedded default, evaluated on 100 held-out pairs and more.
 
-    python benchmarks/evaluation.py                              about an hour on two cores
+    python benchmarks/evaluation.py                              80 minutes on two cores
     python benchmarks/evaluation.py --judge embedded             once that is done: the small language model as judge
 
 Runs the stages as programs, so it goes on where it was stopped, and prints the table and one JSON object last. The win
