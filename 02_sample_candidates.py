@@ -10,6 +10,7 @@ How to run it:
 
     python 02_sample_candidates.py                        4 traces for each pair of runs/demo
     python 02_sample_candidates.py --model Qwen/Qwen3-8B  with another synthesizer (4 bits on a GPU)
+    accelerate launch 02_sample_candidates.py             on all GPUs; the rows are the same
 
 Departures from the paper: N = 4 is the paper's; the prompt, with worked examples because the embedded model is small, the
 temperature and min-p are ours. A trace that meets the token limit loses the sentence it was in the middle of. Test pairs get candidates too, to be looked at in the report; only the
@@ -19,8 +20,9 @@ train split is ever learnt from.
 from collections.abc import Sequence
 from typing import Any
 
-from common import (MIN_P, PAIR_KEYS, Row, append_rows, batches_by_length, begin_output, begin_run, closing_line, finished_rows, fraction,
-                    generate, load_model, made_with, positive_int, progress, read_pairs, seed_of, stage_arguments, synthesis_prompt, trace_of)
+from common import (MIN_P, PAIR_KEYS, Portions, Row, append_rows, batches_by_length, begin_output, begin_run, closing_line, end_output, finished_rows, fraction,
+                    gather, generate, leave_to_first, load_model, made_with, part_of, positive_int, progress, read_pairs, seed_of, share, stage_arguments,
+                    synthesis_prompt, trace_of)
 
 
 def sample_traces(model: Any, tokenizer: Any, pairs: Sequence[Row], n: int, max_tokens: int, temperature: float,
@@ -61,16 +63,20 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load_model(args.model, args.four_bit)
     begin_output(output, record, args.overwrite)
     tokens = finished = sampled = 0
-    for batch in progress(batches_by_length(pairs, lambda pair: len(synthesis_prompt(tokenizer, pair)), args.batch), "sampling traces"):
+    portions, batches = Portions(), batches_by_length(pairs, lambda pair: len(synthesis_prompt(tokenizer, pair)), args.batch)
+    for batch in progress(share(batches), "sampling traces"):
         if all(pair["id"] in done for pair in batch):
             continue
-        candidates = sample_traces(model, tokenizer, batch, args.n, args.max_trace_tokens, args.temperature, args.min_p, (args.seed, "02"))
+        candidates = portions.run(lambda some: sample_traces(model, tokenizer, some, args.n, args.max_trace_tokens, args.temperature, args.min_p, (args.seed, "02")), batch)
         rows = [{"id": pair["id"], **{key: value for key, value in pair.items() if key not in PAIR_KEYS}, "candidates": some}
                 for pair, some in zip(batch, candidates) if pair["id"] not in done]
-        append_rows(output, rows)
+        append_rows(part_of(output), rows)
         fresh = [candidate for row in rows for candidate in row["candidates"]]
         tokens += sum(candidate["tokens"] for candidate in fresh)
         finished, sampled = finished + sum(candidate["finished"] for candidate in fresh), sampled + len(fresh)
+    end_output(output, [pair["id"] for batch in batches for pair in batch])
+    tokens, finished, sampled = map(sum, zip(*gather([(tokens, finished, sampled)])))
+    leave_to_first()
     print(f"traces that ended by themselves: {finished} of {sampled}")
     closing_line(args.run, "02_sample_candidates", len(pairs), len(pairs), len(done), started, tokens)
 

@@ -27,6 +27,7 @@ How to run it:
     python 03_reconstruct_score.py --scorers likelihood                          writes no reconstructions: several times faster
     python 03_reconstruct_score.py --scorers likelihood,embedding,judge          the paper's scorer beside ours
     python 03_reconstruct_score.py --scorers judge --judge openai:NAME           by a server (OPENAI_BASE_URL, OPENAI_API_KEY)
+    accelerate launch 03_reconstruct_score.py                                    on all GPUs; the rows are the same
 
 The summary's controls say whether a score measures anything: how often a pair's own trace beats another pair's (AUC;
 0.5 is noise), whether the score merely follows length or leaks, and in how many pairs no trace beats no trace at all.
@@ -41,12 +42,13 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
-from common import (ASPECTS, Group, Row, append_rows, batches_by_length, begin_output, begin_run, bootstrap_interval, check_made_from,
-                    clean_action, closing_line, cut_context, decode, digit_tokens, discard, embed, encode_data, encode_prompt, finished_rows, generate, guard_traces,
-                    judge_locally, judge_remotely, likelihood_scores, load_encoder, load_model, made_with, positive_int, progress, read_candidates,
-                    other_pairs, read_pairs, reconstruction_prompt, seed_of, show_context, show_rate, show_scene, stage_arguments, stop, write_text)
+from common import (ASPECTS, Group, Portions, Row, append_rows, batches_by_length, begin_output, begin_run, bootstrap_interval, check_made_from,
+                    clean_action, closing_line, cut_context, decode, digit_tokens, discard, embed, encode_data, encode_prompt, end_output, finished_rows, gather, generate,
+                    guard_traces, judge_locally, judge_remotely, leave_to_first, likelihood_scores, load_encoder, load_model, made_with, part_of, positive_int, progress,
+                    read_candidates, other_pairs, read_pairs, reconstruction_prompt, seed_of, share, show_context, show_rate, show_scene, stage_arguments, stop, write_text)
 
 SCORERS = ("likelihood", "embedding", "judge")
 Judge = Callable[[str, str, Sequence[str]], tuple[list[dict[str, float]] | None, int]]  # (context, action, guesses) -> (ratings, calls)
@@ -336,17 +338,24 @@ def main(argv: list[str] | None = None) -> None:
     elif args.overwrite:
         discard(side)
     tokens = 0
-    for batch in progress(batches_by_length(fitting, lambda pair: len(tokenizer.encode(show_context(pair))), args.batch), "reconstructing and scoring"):
+    portions, batches = Portions(), batches_by_length(fitting, lambda pair: len(tokenizer.encode(show_context(pair))), args.batch)
+    work_on = lambda some: list(zip_longest(*score_pairs(model, tokenizer, encoder, judge, some, [found[pair["id"]] for pair in some], [controls[pair["id"]] for pair in some],
+                                                         scorers, args.max_action_tokens)))
+    for batch in progress(share(batches), "reconstructing and scoring"):
         if all(pair["id"] in done for pair in batch):
             continue
-        rows, logprobs = score_pairs(model, tokenizer, encoder, judge, batch, [found[pair["id"]] for pair in batch], [controls[pair["id"]] for pair in batch],
-                                     scorers, args.max_action_tokens)
+        rows, logprobs = zip(*portions.run(work_on, batch))
         if args.keep_token_logprobs:                          # first, so that every row of scores.jsonl has its log-probs
-            append_rows(side, [row for row in logprobs if row["id"] not in kept])
-        append_rows(output, [row for row in rows if row["id"] not in done])
+            append_rows(part_of(side), [row for row in logprobs if row["id"] not in kept])
+        append_rows(part_of(output), [row for row in rows if row["id"] not in done])
         texts = [text for row in rows for some in (*row["candidates"], row["baseline"], row["control"]) for text in (some.get("trace", ""), some.get("reconstruction", ""))]
         tokens += sum(map(len, tokenizer([*texts, *(show_context(pair) for pair in batch)]).input_ids))
 
+    order = [pair["id"] for batch in batches for pair in batch]
+    for path in (side, output) if args.keep_token_logprobs else (output,):
+        end_output(path, order)
+    tokens = sum(gather([tokens]))
+    leave_to_first()
     scored = finished_rows(output, record, False, keys, expected)
     some = [pair for pair in fitting[:8] if "judge" in scorers]
     movement = judge_movement(judge, some, [scored[pair["id"]] for pair in some]) if some else None

@@ -14,6 +14,7 @@ How to run it:
 
     python 04_select_sft.py
     python 04_select_sft.py --arms shuffled --score likelihood
+    accelerate launch 04_select_sft.py                         each GPU takes its share of every batch
 
 Departures from the paper: training settings are not public; these are common ones for LoRA. One model serves all
 people of the run, told apart by their id in the prompt. A candidate that the leak guard stopped is chosen only if all
@@ -29,9 +30,9 @@ from typing import Any
 
 import torch
 
-from common import (Group, Row, add_adapter, begin_run, check_made_from, check_record, clip_gradients, closing_line, discard, dump_row, given_away, load_model, made_with,
-                    other_pairs, packed_logprobs, positive_float, positive_int, progress, read_candidates, read_pairs, save_adapter, seed_of,
-                    stage_arguments, stop, user_completion, user_prompt, write_output)
+from common import (Group, Row, add_adapter, begin_run, check_made_from, check_record, clip_gradients, closing_line, discard, dump_row, gather, given_away, load_model,
+                    made_with, other_pairs, packed_logprobs, positive_float, positive_int, progress, read_candidates, read_pairs, recompute_or_not, save_adapter, seed_of, share,
+                    stage_arguments, stop, sum_gradients, user_completion, user_prompt, write_output)
 
 ARMS = ("none", "backward", "recon", "shuffled", "longest", "worst")
 
@@ -78,9 +79,9 @@ def user_example(tokenizer: Any, pair: Row, trace: str | None) -> Group:
     return user_prompt(tokenizer, pair, thinking=trace is not None), [user_completion(tokenizer, trace, pair["action"])]
 
 
-def completion_loss(model: Any, examples: Sequence[Group], total_tokens: int) -> torch.Tensor:
+def completion_loss(model: Any, examples: Sequence[Group], total_tokens: int, recompute: bool = False) -> torch.Tensor:
     """Cross-entropy of the completions, summed over their tokens and divided by `total_tokens`, in nats a token."""
-    logprobs = packed_logprobs(model, examples)
+    logprobs = packed_logprobs(model, examples, recompute=recompute)
     return -sum(part.sum() for parts in logprobs for part in parts) / total_tokens
 
 
@@ -89,6 +90,7 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rank", type=positive_int, default=16, help="LoRA rank; alpha is twice that (default: %(default)s)")
     group.add_argument("--epochs", type=positive_int, default=2, help="passes over the training pairs (default: %(default)s)")
     group.add_argument("--batch", type=positive_int, default=2, help="pairs an optimizer step (default: %(default)s)")
+    group.add_argument("--recompute", action=argparse.BooleanOptionalAction, help="compute every layer twice in training, so that long contexts fit (default: only on a GPU)")
     group.add_argument("--fit-lr", type=positive_float, default=1e-3,
                        help="peak learning rate of AdamW, after 10%% warm-up, falling linearly to 0; 2e-4 suits a model of billions (default: %(default)s)")
 
@@ -96,7 +98,8 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
 def fit_user_model(base: Any, examples: Sequence[Group], args: argparse.Namespace, folder: Path, record: Row) -> tuple[list[float], int]:
     """Fit a LoRA adapter on the examples and save it under `folder`; returns each step's loss and the tokens read.
 
-    Every example goes through the model alone: without padding two cores are as fast as they can be.
+    Every example goes through the model alone: without padding two cores are as fast as they can be. Several processes
+    share the examples of a batch and add up their gradients, so all of them take the same step.
     """
     model = add_adapter(base, args.rank, args.seed)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -109,18 +112,19 @@ def fit_user_model(base: Any, examples: Sequence[Group], args: argparse.Namespac
     losses, tokens = [], 0
     for batch in progress(batches, f"fitting {folder.name}"):
         total = sum(len(examples[place][1][0]) for place in batch)
+        tokens += sum(len(examples[place][0]) for place in batch) + total
         loss = 0.0
-        for place in batch:
-            part = completion_loss(model, [examples[place]], total)
+        for place in share(batch):
+            part = completion_loss(model, [examples[place]], total, recompute_or_not(args.recompute))
             part.backward()
             loss += part.item()
-            tokens += len(examples[place][0]) + len(examples[place][1][0])
+        sum_gradients(weights)
         if not math.isfinite(clip_gradients(weights)):
             stop(f"the gradient of {folder.name} is not finite; lower --fit-lr and start again (finished arms are kept)")
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        losses.append(loss)
+        losses.append(sum(gather([loss])))
     save_adapter(model, folder, record)
     model.unload()
     return losses, tokens
@@ -158,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     model = tokenizer = None
     tokens = made = 0
     for arm in arms:
-        record = made_with(args, sources, ["user_model"], ignore=("arms",), arm=arm)
+        record = made_with(args, sources, ["user_model"], ignore=("arms", "recompute"), arm=arm)
         folder, traces = args.run / "models" / arm, args.run / "traces" / f"{arm}.jsonl"
         if check_record(traces, record, args.overwrite) and check_record(folder, record, args.overwrite):
             print(f"04_select_sft: {folder} is already made")

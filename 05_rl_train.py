@@ -17,6 +17,7 @@ How to run it:
     python 05_rl_train.py
     python 05_rl_train.py --objective e2e
     python 05_rl_train.py --steps 100 --prompts 4 --group 6 --save-every 10      stopped and started again, it goes on from the last save
+    accelerate launch 05_rl_train.py --prompts 8                                 each GPU takes its share of a step's prompts
 
 The reward of recon. A policy that sees the action will learn to hand it over, so each reward closes one more way:
 
@@ -29,8 +30,9 @@ The reward of recon. A policy that sees the action will learn to hand it over, s
 How it differs from textbook GRPO (arXiv 2402.03300): by default one update a rollout, so there is no ratio to clip
 (--updates brings both back), no KL term (--kl does), and the advantage is reward minus group mean without the division by
 the standard deviation (--std-norm; arXiv 2503.20783); the loss is normalised over all completion tokens of the step. Policy
-and reward share one base: with the adapter off it is the reconstructor. Gradient checkpointing is never on: groups go
-backward one at a time, and the worked examples that all prompts open with are read once a step.
+and reward share one base: with the adapter off it is the reconstructor. Groups go backward one at a time, and the worked
+examples that all prompts open with are read once a step; on a GPU layers are recomputed instead (--recompute), which takes
+more time and far less memory.
 
 Departures from the paper: its settings and its reward's guards are not public; all of the above are ours.
 """
@@ -50,11 +52,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import (END_THINK, MIN_P, Completion, Group, Row, add_adapter, append_rows, batches_by_length, begin_output, begin_run, check_adapter,
-                    check_made_from, check_record, clean_action, clip_gradients, closing_line, decode, discard, dump_row, embed, finished_rows, first_difference, fraction,
-                    generate, given_away, guard_traces, is_trace, leak_share, likelihood_scores, load_encoder, load_model, made_with, other_pairs, packed_logits,
-                    positive_float, positive_int, progress, read_pairs, read_prefix, read_rows, record_of, replace_folder, save_adapter, seed_of, show_context,
-                    stage_arguments, stop, synthesis_prompt, trace_of, user_prompt, write_text)
+from common import (END_THINK, MIN_P, Completion, Group, Portions, Row, add_adapter, append_rows, batches_by_length, begin_output, begin_run, check_adapter,
+                    check_made_from, check_record, clean_action, clip_gradients, closing_line, decode, discard, dump_row, embed, end_output, finished_rows, first_difference,
+                    fraction, gather, gather_shares, generate, given_away, guard_traces, is_trace, leak_share, likelihood_scores, load_encoder, load_model, made_with,
+                    other_pairs, packed_logits, part_of, positive_float, positive_int, process_count, process_rank, progress, read_pairs, read_prefix, read_rows, recompute_or_not, record_of,
+                    replace_folder, save_adapter, seed_of, share, show_context, stage_arguments, stop, sum_gradients, synthesis_prompt, trace_of, user_prompt, wait_for_all,
+                    write_text)
 
 sample_candidates = importlib.import_module("02_sample_candidates")
 select_sft = importlib.import_module("04_select_sft")
@@ -158,12 +161,13 @@ def group_advantages(rewards: Sequence[float], std_norm: bool) -> list[float]:
     return [value / (std + 1e-4) for value in centred] if std_norm else centred
 
 
-def policy_logprobs(model: Any, group: Group, temperature: float, past: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, torch.Tensor]:
+def policy_logprobs(model: Any, group: Group, temperature: float, past: Sequence[torch.Tensor] = (), recompute: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """(log p, entropy of the policy) at each token of a group's completions, one after the other: both [tokens], float32.
 
-    `past` are keys and values of the first tokens of the prompt (see common.read_prefix). Only log p is differentiable.
+    `past` are keys and values of the first tokens of the prompt (see common.read_prefix), `recompute` saves memory in their
+    place (see common.packed_logits). Only log p is differentiable.
     """
-    logits, rows = packed_logits(model, *group, past=past)
+    logits, rows = packed_logits(model, *group, past=past, recompute=recompute)
     logits = logits / temperature                                                       # [places, vocabulary]
     normaliser, at = logits.logsumexp(-1), torch.cat(rows)
     logprobs = logits[at, torch.tensor(sum(group[1], []), device=logits.device)] - normaliser[at]
@@ -207,30 +211,33 @@ def update(model: Any, optimizer: torch.optim.Optimizer, groups: Sequence[Group]
 
     Groups go backward one at a time, longest first, so memory is that of one group. What their prompts have in common is
     read once: its keys and values collect the gradients of all groups, then pass them on in one backward. A loss or a
-    gradient that is not finite is not applied, ends the updates of this rollout and is reported as `nonfinite`.
+    gradient that is not finite is not applied, ends the updates of this rollout and is reported as `nonfinite`. Several
+    processes share the groups and add up their gradients, so all of them take the same step.
     """
     weights = [weight for parameters in optimizer.param_groups for weight in parameters["params"]]
     before = [weight.detach().clone() for weight in weights]
     useful = [place for place, some in enumerate(advantages) if any(some) or (args.kl and some)]
+    recompute = recompute_or_not(args.recompute)
     useful.sort(key=lambda place: len(groups[place][0]) + sum(map(len, groups[place][1])), reverse=True)
     total = sum(len(ids) for _, completions in groups for ids in completions)
     row: Row = {"zero_variance": 1 - sum(any(some) for some in advantages) / len(advantages), "loss": None, "entropy": None, "kl": None,
                 "clipped": None, "grad_norm": 0.0, "adapter_change": 0.0, "nonfinite": False}
     if not useful:
         return row
+    mine = share(useful)
     prompts = [groups[place][0] for place in useful]
-    shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+    shared = 0 if recompute else min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
     references: dict[int, torch.Tensor] = {}
     if args.kl:
         with torch.no_grad(), reference_policy(model):
-            references = {place: policy_logprobs(model, groups[place], args.temperature)[0] for place in useful}
+            references = {place: policy_logprobs(model, groups[place], args.temperature)[0] for place in mine}
     olds: dict[int, torch.Tensor] = {}
     for _ in range(args.updates):
         past = read_prefix(model, prompts[0][:shared])
         leaves = [tensor.detach().requires_grad_() for tensor in past]
         loss = entropy = kl = clipped = 0.0
-        for place in useful:
-            logprobs, surprise = policy_logprobs(model, groups[place], args.temperature, leaves)
+        for place in mine:
+            logprobs, surprise = policy_logprobs(model, groups[place], args.temperature, leaves, recompute)
             old = olds.setdefault(place, logprobs.detach())
             weight = torch.tensor([value for value, ids in zip(advantages[place], groups[place][1]) for _ in ids], device=logprobs.device)
             part = policy_loss(logprobs, old, references.get(place), weight, args.clip, args.kl).sum() / total
@@ -240,8 +247,10 @@ def update(model: Any, optimizer: torch.optim.Optimizer, groups: Sequence[Group]
             if args.kl:
                 gap = references[place] - logprobs.detach()
                 kl += (gap.exp() - gap - 1).sum().item()
-        if past:
+        if past and mine:
             torch.autograd.backward(past, [leaf.grad for leaf in leaves])
+        sum_gradients(weights)
+        loss, entropy, kl, clipped = map(sum, zip(*gather([(loss, entropy, kl, clipped)])))
         norm = clip_gradients(weights)
         row["nonfinite"] = not (math.isfinite(norm) and math.isfinite(loss))
         if row["nonfinite"]:
@@ -267,6 +276,8 @@ def average(rows: Sequence[Row], key: str) -> float | None:
 
 def save_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer, step: int, record: Row) -> None:
     """Adapter, optimizer state and step number. The noise needs no saving: its seeds are made of the step and the place in it."""
+    if process_rank():
+        return
     state = {f"{place}.{key}": value for place, entry in optimizer.state_dict()["state"].items() for key, value in entry.items()}
     temporary = folder.with_name(folder.name + ".new")
     save_adapter(model, temporary, record)
@@ -358,20 +369,22 @@ def train(base: Any, tokenizer: Any, encoder: Any, pairs: Sequence[Row], held_ou
     while len(order) < args.steps * args.prompts:
         order += random.Random(seed_of(args.seed, "05", len(order))).sample(list(pairs), len(pairs))
 
-    sampled = 0
+    sampled, portions = 0, Portions()
     for step in progress(range(first, args.steps), f"GRPO ({args.objective})"):
         row: Row = {"objective": args.objective, "step": step}
         if step % args.val_every == 0:
             row |= validate(model, tokenizer, encoder, prompt_of, rate, held_out, args)
         clock = time.monotonic()
         batch = order[step * args.prompts:(step + 1) * args.prompts]
-        seeds = [seed_of(args.seed, "05", args.objective, step, place, k) for place in range(len(batch)) for k in range(args.group)]
         prompts = [prompt_of(pair) for pair in batch]
-        completions = rollout(model, tokenizer, prompts, seeds, args.group, args)
+        seeds = [[seed_of(args.seed, "05", args.objective, step, place, k) for k in range(args.group)] for place in range(len(batch))]
+        completions = portions.run(lambda some: rollout(model, tokenizer, [prompts[place] for place in some], sum((seeds[place] for place in some), []), args.group, args),
+                                   share(range(len(batch))))
         sampling, clock = time.monotonic() - clock, time.monotonic()
-        rated = rate(model, tokenizer, encoder, batch, other_pairs(batch, pairs, args.seed, step), completions, args)
+        rated = rate(model, tokenizer, encoder, share(batch), share(other_pairs(batch, pairs, args.seed, step)), completions, args)
         for rows in rated:
             gate_rows(rows, args.leak_penalty)
+        completions, rated = gather_shares(completions), gather_shares(rated)
         rewarding, clock = time.monotonic() - clock, time.monotonic()
         # A completion whose reward is missing takes no part: neither in its group's mean nor in the loss.
         present = [[(completion, row["reward"]) for completion, row in zip(group, rows) if row["reward"] is not None] for group, rows in zip(completions, rated)]
@@ -397,7 +410,8 @@ def train(base: Any, tokenizer: Any, encoder: Any, pairs: Sequence[Row], held_ou
             save_checkpoint(checkpoint, model, optimizer, step + 1, so_far)
     row = {"objective": args.objective, "step": args.steps} | validate(model, tokenizer, encoder, prompt_of, rate, held_out, args)
     write_text(log, "".join(map(dump_row, [*lines, row])))
-    draw_curves([*lines, row], args.run / "rl.png")
+    if process_rank() == 0:
+        draw_curves([*lines, row], args.run / "rl.png")
     print_course([*(line for line in lines if line["objective"] == args.objective), row])
     save_adapter(model, target, record)
     model.unload()
@@ -424,13 +438,14 @@ def write_traces(base: Any, tokenizer: Any, encoder: Any, pairs: Sequence[Row], 
     rows = finished_rows(path, record, args.overwrite, ("id", "trace", "score", "leak", "stopped"), [pair["id"] for pair in pairs])
     begin_output(path, record, args.overwrite)
     model = add_adapter(base, args.rank, args.seed, synthesizer)
-    for batch in progress(batches_by_length(pairs, lambda pair: len(synthesis_prompt(tokenizer, pair)), args.trace_batch), "traces by the trained synthesizer"):
+    portions, batches = Portions(), batches_by_length(pairs, lambda pair: len(synthesis_prompt(tokenizer, pair)), args.trace_batch)
+    for batch in progress(share(batches), "traces by the trained synthesizer"):
         if all(pair["id"] in rows for pair in batch):
             continue
         best: dict[str, Row] = {}
         left, given = batch, {}
         for k in range(args.retries):
-            drawn = sample_candidates.sample_traces(model, tokenizer, left, 1, args.max_new_tokens, args.temperature, MIN_P, (args.seed, "05", k))
+            drawn = portions.run(lambda some: sample_candidates.sample_traces(model, tokenizer, some, 1, args.max_new_tokens, args.temperature, MIN_P, (args.seed, "05", k)), left)
             for pair, (candidate,) in zip(left, drawn):
                 (found,) = guard_traces(encoder, [candidate["trace"]], pair["action"], show_context(pair))
                 if pair["id"] not in best or given_away(found) < given[pair["id"]]:
@@ -443,9 +458,10 @@ def write_traces(base: Any, tokenizer: Any, encoder: Any, pairs: Sequence[Row], 
             for pair in batch:
                 row = best[pair["id"]]
                 row["score"] = finite(likelihood_scores(model, tokenizer, pair, [row["trace"]])[0][0]["unsaid"])
-        append_rows(path, [best[pair["id"]] for pair in batch if pair["id"] not in rows])
-        rows |= best
+        append_rows(part_of(path), [best[pair["id"]] for pair in batch if pair["id"] not in rows])
     model.unload()
+    end_output(path, [pair["id"] for batch in batches for pair in batch])
+    rows = finished_rows(path, record, False, ("id", "score"), [pair["id"] for pair in pairs])
     return [rows[pair["id"]] for pair in pairs]
 
 
@@ -487,6 +503,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.group < 2:
         stop("--group must be 2 or more: an advantage compares the completions of one prompt")
+    if args.prompts < process_count():
+        stop(f"--prompts {args.prompts} is too few for {process_count()} processes, each of which takes its share; pass {process_count()} or more")
     if args.objective == "e2e" and args.init_adapter is None:
         args.init_adapter = args.run / "models" / "backward"
     args.max_new_tokens = args.max_new_tokens or (40 if args.objective == "recon" else 72)
@@ -512,13 +530,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         inputs.append(args.init_adapter / "adapter_model.safetensors")
 
     # Three outputs, three records: other settings of the fit must not cost a night of GRPO.
-    fit, tracing, saving = ("epochs", "batch", "fit_lr"), ("retries", "trace_batch"), ("save_every", "init_adapter")
+    fit, tracing, saving = ("epochs", "batch", "fit_lr"), ("retries", "trace_batch"), ("save_every", "init_adapter", "recompute")
     prompts = ["synthesis", "transcript", "transcript_no_trace"] if args.objective == "recon" else ["user_model"]
     record = made_with(args, inputs, prompts, ignore=(*fit, *tracing, *saving))
     so_far = made_with(args, inputs, prompts, ignore=(*fit, *tracing, *saving, "steps"))
     target = args.run / "models" / ("synthesizer" if args.objective == "recon" else "e2e-grpo")
     arm, traces = args.run / "models" / "recon-grpo", args.run / "traces" / "recon-grpo.jsonl"
-    if not args.overwrite and target.exists() and more_steps(record_of(target), record):
+    go_on = not args.overwrite and target.exists() and more_steps(record_of(target), record)
+    wait_for_all()                                            # each has seen what there was before the first one discards it
+    if go_on:
         for old in (target, traces, arm) if args.objective == "recon" else (target,):
             discard(old)
     trained = check_record(target, record, args.overwrite)
@@ -534,6 +554,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for old in remade if args.overwrite else []:
             discard(old)
         tokens += train(model, tokenizer, encoder, pairs, held_out, args, target, record, so_far)
+        wait_for_all()
     if args.objective == "recon":
         by_id = {pair["id"]: pair for pair in pairs}
         adapter = target / "adapter_model.safetensors"

@@ -48,11 +48,11 @@ from typing import Any
 
 import torch
 
-from common import (END_THINK, FEWEST, FIELD, MIN_P, PROMPTS, Row, append_rows, ask_server, batches_by_length, begin_output, begin_run, bootstrap_interval,
+from common import (END_THINK, FEWEST, FIELD, MIN_P, PROMPTS, Portions, Row, append_rows, ask_server, batches_by_length, begin_output, begin_run, bootstrap_interval,
                     check_adapter, check_made_from, clean_action, close_trace, closing_line, cut_torn_line, decode, discard, dump_row, embed, encode_data,
-                    encode_prompt, file_hash, finished_rows, fraction, generate, load_adapter, load_encoder, load_model, made_with, packed_logits,
-                    packed_logprobs, positive_float, positive_int, progress, quantiles, read_candidates, read_pairs, read_rows, record_of,
-                    seed_of, show_context, show_rate, show_scene, stage_arguments, stop, user_prompt, words_of, write_output, write_text)
+                    encode_prompt, end_output, file_hash, finished_rows, fraction, gather, generate, leave_to_first, load_adapter, load_encoder, load_model, made_with,
+                    packed_logits, packed_logprobs, part_of, positive_float, positive_int, progress, quantiles, read_candidates, read_pairs, read_rows, record_of, seed_of,
+                    share, show_context, show_rate, show_scene, stage_arguments, stop, user_prompt, words_of, write_output, write_text)
 
 reconstruct_score = importlib.import_module("03_reconstruct_score")
 select_sft = importlib.import_module("04_select_sft")
@@ -60,6 +60,7 @@ rl_train = importlib.import_module("05_rl_train")
 
 ARMS = ("none", "backward", "recon", "recon-grpo", "e2e-grpo", "shuffled", "longest", "worst")
 WHATS = ("actions", "reconstructions")
+PREDICTED, REBUILT = ("id", "trace", "finished", "action", "action_logprob"), ("id", "trace", "reconstruction", "stopped")
 Base = Callable[[str, bool | None], tuple[Any, Any]]         # load_model, which keeps what it loaded last
 
 
@@ -104,29 +105,32 @@ def true_action_logprob(model: Any, tokenizer: Any, pair: Row, traces: Sequence[
 
 def act_all(args: Namespace, base: Base, pairs: Sequence[Row], folders: dict[str, Path], source: Path) -> tuple[dict[str, dict[str, Row]], int, int]:
     """(predictions by arm and id, tokens read or written, rows that were there already); appends to predictions/ARM.jsonl."""
-    tokens = reused = 0
+    tokens, reused, portions = 0, 0, Portions()
     predictions: dict[str, dict[str, Row]] = {}
     acting = {key: vars(args)[key] for key in ("model", "four_bit", "seed", "limit", "traces", "max_trace_tokens", "max_action_tokens", "temperature", "batch")}
     for arm, folder in folders.items():
         output = args.run / "predictions" / f"{arm}.jsonl"
         record = made_with(Namespace(run=args.run, **acting), [source, folder / "adapter_model.safetensors"], ["user_model"])
-        rows = finished_rows(output, record, args.overwrite, ("id", "trace", "finished", "action", "action_logprob"), [pair["id"] for pair in pairs])
+        rows = finished_rows(output, record, args.overwrite, PREDICTED, [pair["id"] for pair in pairs])
         reused += len(rows)
         if len(rows) < len(pairs):
             model, tokenizer = base(args.model, args.four_bit)
             user_model = load_adapter(model, folder, args.model)
             begin_output(output, record, args.overwrite)
-            for batch in progress(batches_by_length(pairs, lambda pair: len(show_context(pair)), args.batch), f"{arm} acts"):
+            batches = batches_by_length(pairs, lambda pair: len(show_context(pair)), args.batch)
+            for batch in progress(share(batches), f"{arm} acts"):
                 if all(pair["id"] in rows for pair in batch):
                     continue
-                made = act(user_model, tokenizer, batch, arm != "none", args.traces, args.max_trace_tokens, args.max_action_tokens, args.temperature, (args.seed, "06"))
+                made = portions.run(lambda some: act(user_model, tokenizer, some, arm != "none", args.traces, args.max_trace_tokens, args.max_action_tokens, args.temperature,
+                                                     (args.seed, "06")), batch)
                 for pair, row in zip(batch, made):
                     thoughts = row.pop("traces")
                     row["action_logprob"] = true_action_logprob(user_model, tokenizer, pair, thoughts)
                     tokens += sum(len(encode_data(tokenizer, text or "")) for text in (*thoughts, row["action"]))
-                append_rows(output, [row for row in made if row["id"] not in rows])
-                rows |= {row["id"]: row for row in made}
+                append_rows(part_of(output), [row for row in made if row["id"] not in rows])
             user_model.unload()
+            end_output(output, [pair["id"] for batch in batches for pair in batch])
+            rows = finished_rows(output, record, False, PREDICTED, [pair["id"] for pair in pairs])
         predictions[arm] = rows
     return predictions, tokens, reused
 
@@ -167,14 +171,14 @@ def reconstruct_all(args: Namespace, base: Base, pairs: Sequence[Row], scores: P
         else:
             print(f"no reconstructions from recon-grpo's traces: the synthesizer was trained on {trained_on}, and {scoring['model']} scored")
     found: dict[str, dict[str, Row]] = {}
-    tokens = 0
+    tokens, portions = 0, Portions()
     for arm in sorted(arms, key=ARMS.index):
         score = score_of(args.run, arm, scored)
         output = args.run / "reconstructions" / f"{arm}.jsonl"
         settings = Namespace(run=args.run, model=scoring["model"], four_bit=scoring["four_bit"], max_action_tokens=scoring["max_action_tokens"], score=score, seed=args.seed, limit=args.limit)
         inputs = [scores, *([synthesizer / "adapter_model.safetensors"] if arm == "recon-grpo" else [])]
         record = made_with(settings, inputs, ["reconstruction", "reconstruction_no_trace"])
-        rows = finished_rows(output, record, args.overwrite, ("id", "trace", "reconstruction", "stopped"), by_id)
+        rows = finished_rows(output, record, args.overwrite, REBUILT, by_id)
         if len(rows) < len(pairs):
             chosen = None
             if arm != "recon-grpo":
@@ -191,16 +195,19 @@ def reconstruct_all(args: Namespace, base: Base, pairs: Sequence[Row], scores: P
                 chosen = [{"id": row["id"], "trace": row["trace"], "reconstruction": None, "stopped": row["stopped"]} for row in chosen]
             begin_output(output, record, args.overwrite)
             shown = {pair["id"]: pair for pair in pairs}
-            for batch in progress(batches_by_length([(shown[row["id"]], row) for row in chosen], lambda item: len(show_context(item[0])), args.batch), f"reconstructing from {arm}'s traces"):
+            batches = batches_by_length([(shown[row["id"]], row) for row in chosen], lambda item: len(show_context(item[0])), args.batch)
+            for batch in progress(share(batches), f"reconstructing from {arm}'s traces"):
                 if all(row["id"] in rows for _, row in batch):
                     continue
                 todo = [(pair, row) for pair, row in batch if row["reconstruction"] is None]
-                texts = reconstruct_score.reconstruct(model, tokenizer, [show_scene(pair) for pair, _ in todo], [[row["trace"]] for _, row in todo], scoring["max_action_tokens"]) if todo else []
+                texts = portions.run(lambda some: reconstruct_score.reconstruct(model, tokenizer, [show_scene(pair) for pair, _ in some], [[row["trace"]] for _, row in some],
+                                                                               scoring["max_action_tokens"]), todo)
                 for (_, row), (text,) in zip(todo, texts):
                     row["reconstruction"] = text
                     tokens += len(encode_data(tokenizer, text))
-                append_rows(output, [row for _, row in batch if row["id"] not in rows])
-                rows |= {row["id"]: row for _, row in batch}
+                append_rows(part_of(output), [row for _, row in batch if row["id"] not in rows])
+            end_output(output, [row["id"] for batch in batches for _, row in batch])
+            rows = finished_rows(output, record, False, REBUILT, by_id)
         found[arm] = rows
     return found, tokens
 
@@ -1114,6 +1121,8 @@ def main(argv: list[str] | None = None) -> None:
     if not rebuilt:
         print(f"no reconstructions are compared: {scores} holds no held-out pair")
 
+    tokens = sum(gather([tokens]))
+    leave_to_first()
     encoder = load_encoder(args.encoder)
     judge = load_judge(args, base, encoder)
     if args.overwrite:

@@ -3,6 +3,7 @@
 The sections stand in the order in which the pipeline needs them, and each one is plain functions:
 
     rows        JSONL in and out, what each file was made with, errors a person can act on
+    processes   several that share a stage's work, and memory that runs out
     models      one base model in 4 bits or float32, one sentence encoder
     prompts     every word that a model is told, and how it becomes token ids
     sampling    many completions a prompt with the shared part of the prompts computed once
@@ -12,6 +13,7 @@ To fork for a new domain, start with the prompts section.
 """
 
 import argparse
+import glob
 import hashlib
 import http.client
 import importlib.metadata
@@ -26,8 +28,11 @@ import time
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,6 +41,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)            # says on e
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")     # peft asks for a name that transformers renamed
 
 import torch
+import torch.utils.checkpoint
 import transformers
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -104,6 +110,11 @@ def stage_arguments(doc: str, default_limit: int | None = None) -> argparse.Argu
 
 def begin_run(run: Path) -> float:
     """Make the run folder, or stop before any work if it cannot be written; returns the time of the start."""
+    if process_count() > 1:
+        join_processes()
+    if process_rank():                                        # the first process speaks for all
+        sys.stdout = open(os.devnull, "w")
+        return time.monotonic()
     try:
         run.mkdir(parents=True, exist_ok=True)
         (run / ".writable").touch()
@@ -182,7 +193,9 @@ def dump_row(row: Row) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all: a temporary file beside it, then a rename."""
+    """Write a small file whole or not at all: a temporary file beside it, then a rename. Of several processes the first one writes."""
+    if process_rank():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -254,8 +267,12 @@ def check_made_from(output: Path, source: Path, stage: str) -> None:
 
 def discard(output: Path) -> None:
     """Remove an output and its record, so that an interrupted --overwrite never passes old work off as new."""
+    if process_rank():
+        return
     if output.is_dir():
         shutil.rmtree(output)
+    for part in parts_of(output):
+        part.unlink()
     output.with_name(output.name + ".made.json").unlink(missing_ok=True)
     output.unlink(missing_ok=True)
 
@@ -277,7 +294,8 @@ def check_record(output: Path, record: Row, overwrite: bool) -> bool:
 
 def write_output(path: Path, text: str, record: Row) -> None:
     """Write a whole output with its record. The old one goes first, so no crash can pair it with the new record."""
-    path.unlink(missing_ok=True)
+    if process_rank() == 0:
+        path.unlink(missing_ok=True)
     write_text(path.with_name(path.name + ".made.json"), json.dumps(record, indent=1))
     write_text(path, text)
 
@@ -293,11 +311,16 @@ def cut_torn_line(path: Path) -> None:
 def finished_rows(path: Path, record: Row, overwrite: bool, keys: Sequence[str], expected: Iterable[str]) -> dict[str, Row]:
     """The rows that a JSONL output holds already, by id; none under `overwrite`, which changes nothing on disk yet.
 
-    A line torn by a crash is cut off. An id that is not `expected` stops.
+    A line torn by a crash is cut off, and what several processes had made when they were stopped is put in. An id that
+    is not `expected` stops.
     """
     if not check_record(path, record, overwrite):
+        wait_for_all()
         return {}
-    cut_torn_line(path)
+    if process_rank() == 0:
+        cut_torn_line(path)
+        collect_parts(path)
+    wait_for_all()
     rows, expected = {}, set(expected)
     for number, row in enumerate(read_rows(path, keys), start=1):
         if row["id"] not in expected or row["id"] in rows:
@@ -309,7 +332,10 @@ def finished_rows(path: Path, record: Row, overwrite: bool, keys: Sequence[str],
 def begin_output(path: Path, record: Row, overwrite: bool) -> None:
     """Make a JSONL output ready for appending. Called after the models are loaded: a wrong name must not cost old rows."""
     if overwrite or not path.exists():
+        for part in parts_of(path) if process_rank() == 0 else []:
+            part.unlink()
         write_output(path, "", record)
+    wait_for_all()
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
@@ -329,12 +355,19 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def save_adapter(model: Any, folder: Path, record: Row) -> None:
-    """Save a LoRA adapter and its record whole or not at all: a temporary folder, then a rename."""
+    """Save a LoRA adapter and its record whole or not at all: a temporary folder, then a rename. Of several processes the first one saves."""
+    if process_rank():
+        return
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary, save_embedding_layers=False, selected_adapters=["default"])
     write_text(temporary / "made.json", json.dumps(record, indent=1))
     replace_folder(temporary, folder)
+
+
+def recompute_or_not(asked: bool | None) -> bool:
+    """--recompute as asked, else only on a GPU: there memory is short, on a CPU time."""
+    return torch.cuda.is_available() if asked is None else asked
 
 
 def clip_gradients(weights: Sequence[torch.Tensor], largest: float = 1.0) -> float:
@@ -354,13 +387,144 @@ def batches_by_length(items: Sequence, length: Any, size: int) -> list[list]:
 
 def closing_line(run: Path, stage: str, rows_in: int, rows_out: int, skipped: int, started: float, tokens: int) -> None:
     """The line with which each stage ends, also appended to costs.jsonl. `started` is a time.monotonic(); `tokens` counts what the model read or wrote."""
+    if process_rank():
+        return
     seconds = time.monotonic() - started
     append_rows(run / "costs.jsonl", [{"stage": stage, "rows": rows_out - skipped, "seconds": round(seconds, 1), "tokens": tokens}])
     print(f"{stage}: {rows_in} rows in, {rows_out} out, {skipped} skipped, {seconds:.0f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s")
 
 
 def progress(items: Iterable, what: str, total: int | None = None) -> Iterator:
-    return tqdm(items, desc=what, total=total, dynamic_ncols=True, disable=None)
+    return tqdm(items, desc=what, total=total, dynamic_ncols=True, disable=True if process_rank() else None)
+
+
+# ------------------------------------------------------------------------------------------------
+# Processes: `accelerate launch STAGE` starts several; each computes its share of the batches into its own part of an output
+
+
+def process_rank() -> int:
+    """Which of the processes this is, from 0. A stage that was started by itself is process 0 of 1."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def process_count() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join_processes() -> Any:
+    """accelerate's state of the processes; the first call connects them and gives each its GPU.
+
+    They may wait for one another for days: one of them may have drawn the long end of a stage.
+    """
+    from accelerate import PartialState                       # here: its import takes seconds that a single process need not pay
+
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+
+
+def wait_for_all() -> None:
+    if process_count() > 1:
+        join_processes().wait_for_everyone()
+
+
+def gather(items: Sequence) -> list:
+    """The items of all processes in one list, the same in each: first those of process 0, then of process 1, …"""
+    if process_count() == 1:
+        return list(items)
+    from accelerate.utils import gather_object
+
+    join_processes()
+    return gather_object(list(items))
+
+
+def share(items: Sequence) -> Sequence:
+    """This process's share: every n-th of the items, so that long and short ones (see batches_by_length) are dealt out evenly."""
+    return items[process_rank()::process_count()]
+
+
+def gather_shares(items: Sequence) -> list:
+    """What `share` dealt out, worked on and back in its order; the same list in each process."""
+    if process_count() == 1:
+        return list(items)
+    hands = gather([list(items)])
+    return [hands[place % len(hands)][place // len(hands)] for place in range(sum(map(len, hands)))]
+
+
+def sum_gradients(weights: Sequence[torch.Tensor]) -> None:
+    """Add up the gradients of all processes in each of them; a weight without a gradient counts as 0."""
+    if process_count() == 1:
+        return
+    join_processes()
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        torch.distributed.all_reduce(weight.grad)
+
+
+def part_of(output: Path) -> Path:
+    """Where this process appends its rows of an output: the output itself, if it is alone."""
+    return output if process_count() == 1 else output.with_name(f"{output.name}.part{process_rank()}")
+
+
+def parts_of(output: Path) -> list[Path]:
+    """The parts of an output that are on disk."""
+    return sorted(output.parent.glob(f"{glob.escape(output.name)}.part[0-9]*"))
+
+
+def collect_parts(output: Path) -> None:
+    """Move the rows of all parts into the output. Stopped in the middle, it can be done again: a row that is there is not put in twice."""
+    for part in parts_of(output):
+        cut_torn_line(part)
+        there = {row["id"] for row in read_rows(output, ("id",))}
+        append_rows(output, [row for row in read_rows(part, ("id",)) if row["id"] not in there])
+        part.unlink()
+
+
+def end_output(output: Path, ids: Sequence[str]) -> None:
+    """Once all processes are through: one file again, its rows in the order of `ids`, as a single undisturbed process writes them."""
+    wait_for_all()
+    if process_rank() == 0:
+        collect_parts(output)
+        rows = {row["id"]: row for row in read_rows(output, ("id",))}
+        ordered = [name for name in ids if name in rows]
+        if list(rows) != ordered:
+            write_text(output, "".join(dump_row(rows[name]) for name in ordered))
+    wait_for_all()
+
+
+def leave_to_first() -> None:
+    """What is left is work for one: the other processes end here, and the first one is alone from now on."""
+    if process_count() > 1:
+        wait_for_all()
+        if process_rank():
+            raise SystemExit(0)
+        os.environ["WORLD_SIZE"] = "1"
+
+
+class Portions:
+    """Work on lists that may not fit the GPU's memory as a whole: run out of memory, and they are worked on in halves from then on.
+
+    Noise belongs to a row (see generate), so the rows stay the same up to rounding.
+    """
+
+    def __init__(self) -> None:
+        self.count = 1
+
+    def run(self, work: Callable[[Sequence], list], items: Sequence) -> list:
+        """`work` on all items, portion by portion; stops if not even one fits."""
+        size = -(-len(items) // self.count)
+        done: list = []
+        while len(done) < len(items):
+            try:
+                done += work(items[len(done):len(done) + size])
+                continue
+            except torch.OutOfMemoryError:
+                pass                                          # freed below: in here the exception still holds what it met
+            if size == 1:
+                stop("out of memory with one pair at a time; shorten contexts (01_prepare.py --max-context-tokens), draw fewer candidates, or take a smaller model")
+            self.count, size = 2 * self.count, -(-size // 2)
+            print(f"out of memory: from here on in portions of {size} pairs")
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return done
 
 
 # ------------------------------------------------------------------------------------------------
@@ -400,7 +564,10 @@ def model_folder(name: str) -> str:
         temporary = CACHE / f"{folder.name}.tmp{os.getpid()}"
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(temporary)
-        temporary.replace(folder)
+        try:
+            temporary.replace(folder)
+        except OSError:                                       # another process was faster
+            shutil.rmtree(temporary)
     return str(folder)
 
 
@@ -433,7 +600,7 @@ def load_model(name: str, four_bit: bool | None) -> tuple[Any, Any]:
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     if cuda:
-        options["device_map"] = {"": 0}
+        options["device_map"] = {"": torch.cuda.current_device()}
     tokenizer = load_tokenizer(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(model_folder(name), **options)
@@ -839,8 +1006,24 @@ def read_prefix(model: Any, ids: list[int]) -> list[torch.Tensor]:
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
+@contextmanager
+def recomputed_layers(model: Any) -> Iterator[None]:
+    """In here a forward without a cache keeps only what enters each decoder layer and computes the rest again in backward (arXiv 1604.06174).
+
+    transformers' own switch does nothing in eval mode, where this project trains, and drops the cache where there is one.
+    """
+    layers = getattr(model, "base_model", model).get_decoder().layers
+    for layer in layers:
+        layer.forward = partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
 def packed_logits(model: Any, prefix: list[int], suffixes: Sequence[list[int]], starts: Sequence[int] | None = None,
-                  past: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, list[torch.Tensor]]:
+                  past: Sequence[torch.Tensor] = (), recompute: bool = False) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """All suffixes of one prefix in one row of tokens: (float32 logits [places, vocabulary], rows[s] into them).
 
     The prefix is read once, then [suffix₁ suffix₂ …] behind its cache. Position ids restart after the prefix for each
@@ -850,47 +1033,55 @@ def packed_logits(model: Any, prefix: list[int], suffixes: Sequence[list[int]], 
     are then not read again; at least one must be left. Differentiable, through the cache as well.
 
     One row with one mask for prefix and suffixes would be shorter to write, but its attention reads all of the square
-    of the row, most of it masked: over 512 + 8 x 60 tokens that is a quarter of the work.
+    of the row, most of it masked: over 512 + 8 x 60 tokens that is a quarter of the work. `recompute` does it so, without
+    `past`, because a layer that is computed twice must not fill a cache: far less memory in backward for a third more work.
     """
     device, starts = model.device, starts or [0] * len(suffixes)
     if len(suffixes) == 1 and not past:              # nothing to share: one plain causal forward, the fastest of all
         first = len(prefix) - 1 + starts[0]
         places = torch.arange(first, len(prefix) + len(suffixes[0]) - 1, device=device)
-        logits = model(torch.tensor([prefix + suffixes[0][:-1]], device=device), logits_to_keep=places, use_cache=False).logits[0]
+        with recomputed_layers(model) if recompute else nullcontext():
+            logits = model(torch.tensor([prefix + suffixes[0][:-1]], device=device), logits_to_keep=places, use_cache=False).logits[0]
         return logits.float(), [torch.arange(len(places), device=device)]
     cache = Cache(layer_class_to_replicate=DynamicLayer)
     for layer in range(len(past) // 2):
         cache.update(past[2 * layer], past[2 * layer + 1], layer)
     unread = prefix[past[0].shape[2] if past else 0:]
-    first = model(torch.tensor([unread], device=device), past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0]   # [1, vocabulary]
     bodies = [suffix[:-1] for suffix in suffixes]    # nothing is predicted from a suffix's last token
     ends = torch.tensor([0, *map(len, bodies)]).cumsum(0).tolist()
     # Place 0 is the prefix's last token, which predicts every suffix's first one; place 1 + i is token i of the row.
     places = [([0] + list(range(1 + end, 1 + end + len(body))))[start:] for body, end, start in zip(bodies, ends, starts)]
     wanted = sorted({place for some in places for place in some} - {0})
-    logits = first
-    if wanted:
-        owner = torch.tensor([s for s, body in enumerate(bodies) for _ in body], device=device)
-        order = torch.arange(len(owner), device=device)
-        visible = (order[:, None] >= order) & (owner[:, None] == owner)                 # [row, row]
-        mask = torch.zeros(1, 1, len(owner), len(prefix) + len(owner), dtype=model.dtype, device=device)
-        mask[..., len(prefix):].masked_fill_(~visible, torch.finfo(model.dtype).min)
-        positions = [len(prefix) + at for body in bodies for at in range(len(body))]
+    owner = torch.tensor([s for s, body in enumerate(bodies) for _ in body], device=device)
+    order = torch.arange(len(owner), device=device)
+    visible = (order[:, None] >= order) & (owner[:, None] == owner)                     # [row, row]
+    mask = torch.zeros(1, 1, len(owner), len(prefix) + len(owner), dtype=model.dtype, device=device)
+    mask[..., len(prefix):].masked_fill_(~visible, torch.finfo(model.dtype).min)
+    positions = [len(prefix) + at for body in bodies for at in range(len(body))]
+    if recompute:
+        above = torch.full((1, 1, len(prefix), mask.shape[-1]), torch.finfo(model.dtype).min, dtype=model.dtype, device=device).triu(1)
+        row, at = [*prefix, *(token for body in bodies for token in body)], [*range(len(prefix)), *positions]
+        with recomputed_layers(model):
+            logits = model(torch.tensor([row], device=device), position_ids=torch.tensor([at], device=device), attention_mask=torch.cat([above, mask], 2), use_cache=False,
+                           logits_to_keep=torch.tensor([0, *wanted], device=device) + len(prefix) - 1).logits[0]
+    else:
+        logits = model(torch.tensor([unread], device=device), past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0]   # [1, vocabulary]
+    if wanted and not recompute:
         rest = model(torch.tensor([[token for body in bodies for token in body]], device=device), position_ids=torch.tensor([positions], device=device),
                      attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=torch.tensor(wanted, device=device) - 1).logits[0]
-        logits = torch.cat([first, rest])
+        logits = torch.cat([logits, rest])
     index = {place: row for row, place in enumerate([0, *wanted])}
     return logits.float(), [torch.tensor([index[place] for place in some], device=device, dtype=torch.long) for some in places]
 
 
-def packed_logprobs(model: Any, groups: Sequence[Group], starts: Sequence[Sequence[int]] | None = None) -> list[list[torch.Tensor]]:
+def packed_logprobs(model: Any, groups: Sequence[Group], starts: Sequence[Sequence[int]] | None = None, recompute: bool = False) -> list[list[torch.Tensor]]:
     """log p(token | prefix, earlier tokens of its suffix) for each suffix of each group, in float32.
 
-    See packed_logits for `starts`. Result [g][s] has shape [len(suffix) - start]. Differentiable.
+    See packed_logits for `starts` and `recompute`. Result [g][s] has shape [len(suffix) - start]. Differentiable.
     """
     results = []
     for g, (prefix, suffixes) in enumerate(groups):
-        logits, rows = packed_logits(model, prefix, suffixes, starts and starts[g])
+        logits, rows = packed_logits(model, prefix, suffixes, starts and starts[g], recompute=recompute)
         normaliser = logits.logsumexp(-1)                                               # [places]
         results.append([logits[at, torch.tensor(suffix[len(suffix) - len(at):], device=logits.device, dtype=torch.long)] - normaliser[at]
                         for suffix, at in zip(suffixes, rows)])

@@ -60,7 +60,7 @@ class Recorder:
 
 
 def arguments(**more: Any) -> argparse.Namespace:
-    return argparse.Namespace(**({"temperature": 1.0, "updates": 1, "clip": CLIP, "kl": 0.0, "max_new_tokens": NEW_TOKENS} | more))
+    return argparse.Namespace(**({"temperature": 1.0, "updates": 1, "clip": CLIP, "kl": 0.0, "recompute": False, "max_new_tokens": NEW_TOKENS} | more))
 
 
 def make_trainer(model: Any, tokenizer: Any, prompts: list[str], folder: str, **more: Any) -> Any:

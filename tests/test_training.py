@@ -79,7 +79,7 @@ def weights_of(model):
 
 
 def fit_arguments(**more):
-    return argparse.Namespace(**({"rank": 4, "epochs": 2, "batch": 2, "fit_lr": 1e-2, "seed": 0} | more))
+    return argparse.Namespace(**({"rank": 4, "epochs": 2, "batch": 2, "fit_lr": 1e-2, "seed": 0, "recompute": False} | more))
 
 
 def test_sft_moves_the_adapter_lowers_the_loss_and_leaves_the_base_bit_identical(sft, tiny, tmp_path):
@@ -174,8 +174,30 @@ class Still:
     zero_grad = step
 
 
+@pytest.mark.parametrize("suffixes", [1, 3])
+def test_recomputed_layers_give_the_same_log_probs_and_gradients_and_keep_less_memory(tiny, numbers, suffixes):
+    model, _ = tiny
+    adapted = common.add_adapter(model, 4, 0)
+    weights = [weight for name, weight in adapted.named_parameters() if weight.requires_grad and "lora_B" in name]
+    for weight in weights:
+        torch.nn.init.normal_(weight, std=0.1)
+    groups = [(random_ids(numbers, 30, 40), [random_ids(numbers, 5, 9) for _ in range(suffixes)]) for _ in range(2)]
+    found, kept = {}, {}
+    for recompute in (False, True):
+        held = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: held.append(tensor.numel()) or tensor, lambda tensor: tensor):
+            logprobs = torch.cat([part for parts in common.packed_logprobs(adapted, groups, recompute=recompute) for part in parts])
+        kept[recompute] = sum(held)
+        logprobs.mul(torch.linspace(-1, 1, len(logprobs))).sum().backward()
+        found[recompute] = [logprobs.detach(), *(weight.grad.clone() for weight in weights)]
+        adapted.zero_grad()
+    for one, other in zip(found[False], found[True]):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    assert kept[True] < 0.5 * kept[False] and all("forward" not in vars(layer) for layer in model.model.layers)
+
+
 def grpo_arguments(**more):
-    return argparse.Namespace(**({"temperature": 1.0, "updates": 1, "clip": 0.2, "kl": 0.0} | more))
+    return argparse.Namespace(**({"temperature": 1.0, "updates": 1, "clip": 0.2, "kl": 0.0, "recompute": False} | more))
 
 
 def test_the_loss_clips_the_ratio_only_where_that_lowers_the_objective_and_adds_the_divergence(rl, numbers):

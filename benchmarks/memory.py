@@ -1,0 +1,162 @@
+"""Peak GPU memory of every stage for a model of a given shape with random weights, so that nothing is downloaded.
+
+    python benchmarks/memory.py                                   Qwen3-8B: context 2,048, N 4, trace 256, group 8
+    python benchmarks/memory.py --shape qwen3-4b --context 1024
+    python benchmarks/memory.py --computed                        what it would say without a GPU
+
+On a GPU the stages' own functions run on random tokens and the allocator's peak is read. Without one the peak is computed:
+weights, keys and values, and logits from their shapes; what a layer keeps for its backward by counting, on the CPU, the
+tensors that one layer of the full shape saves. CUDA itself takes some 0.5 GiB more. Prints one JSON object last.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.initialization import no_init_weights
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import common
+
+sft, rl = (importlib.import_module(name) for name in ("04_select_sft", "05_rl_train"))
+
+# hidden size, intermediate size, layers, heads, tied embeddings; all have 8 key-value heads of 128 and 151,936 tokens (the models' config.json)
+SHAPES = {"qwen3-1.7b": (2048, 6144, 28, 16, True), "qwen3-4b": (2560, 9728, 36, 32, True), "qwen3-8b": (4096, 12288, 36, 32, False)}
+GIB = 2**30
+RANK = 16
+
+
+def config_of(shape: str, layers: int | None = None) -> Qwen3Config:
+    hidden, middle, depth, heads, tied = SHAPES[shape]
+    return Qwen3Config(hidden_size=hidden, intermediate_size=middle, num_hidden_layers=layers or depth, num_attention_heads=heads, num_key_value_heads=8, head_dim=128,
+                       vocab_size=151936, tie_word_embeddings=tied, max_position_embeddings=40960, attn_implementation="sdpa")
+
+
+def random_model(shape: str) -> Any:
+    """A model on the GPU as load_model gives it: random weights, the linear layers but the last in NF4 with double quantisation."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    torch.set_default_dtype(torch.bfloat16)
+    with no_init_weights():
+        model = Qwen3ForCausalLM(config_of(shape))
+    torch.set_default_dtype(torch.float32)
+    for module in list(model.model.layers.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, torch.nn.Linear):
+                layer = Linear4bit(child.in_features, child.out_features, bias=False, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4")
+                weight = torch.empty(child.weight.shape, dtype=torch.bfloat16).normal_(std=0.02)
+                layer.weight = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4")
+                setattr(module, name, layer.cuda())
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point():
+            torch.nn.init.ones_(weight) if "norm" in name else torch.nn.init.normal_(weight, std=0.02)
+    model.is_loaded_in_4bit = True
+    return model.cuda().eval().requires_grad_(False)
+
+
+def measure(args: argparse.Namespace) -> dict[str, float]:
+    """{stage: the allocator's peak in GiB}."""
+    model, tokenizer = random_model(args.shape), common.load_tokenizer("embedded")
+    ids = lambda count: torch.randint(10, 40000, (count,)).tolist()
+    peaks: dict[str, float] = {"weights": torch.cuda.memory_allocated() / GIB}
+
+    def peak_of(stage: str, work: Callable[[], object]) -> None:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        peaks[stage] = torch.cuda.max_memory_allocated() / GIB
+
+    draw = lambda rows, new: common.generate(model, tokenizer, [(ids(args.context - 1), [ids(1)] * rows) for _ in range(args.pairs)], new, list(range(rows * args.pairs)), 1.0, common.MIN_P)
+    peak_of("02 sampling", lambda: draw(args.n, args.trace))
+    peak_of("03 reconstructing", lambda: draw(args.n + 2, args.action))
+    with torch.no_grad():
+        peak_of("03 likelihood", lambda: common.packed_logprobs(model, [(ids(args.context), [ids(args.trace + args.action) for _ in range(args.n + 2)])], [[args.trace] * (args.n + 2)]))
+    model = common.add_adapter(model, RANK, 0)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights)
+
+    def fit() -> None:
+        sft.completion_loss(model, [(ids(args.context), [ids(args.trace + args.action)])], 1, recompute=True).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    settings = argparse.Namespace(temperature=1.0, updates=1, clip=0.2, kl=0.0, recompute=True)
+    peak_of("04 fitting", fit)
+    peak_of("05 rollout", lambda: draw(args.group, args.trace))
+    peak_of("05 update", lambda: rl.update(model, optimizer, [(ids(args.context), [ids(args.trace) for _ in range(args.group)])], [[1.0, -1.0] * (args.group // 2)], settings))
+    peak_of("06 acting", lambda: draw(2, args.trace))
+    return peaks
+
+
+def kept_by_a_layer(shape: str, tokens: int = 64) -> float:
+    """Bytes a token that one decoder layer with a LoRA adapter keeps for its backward, counted."""
+    torch.set_default_dtype(torch.bfloat16)
+    with no_init_weights():
+        model = Qwen3ForCausalLM(config_of(shape, 1))
+    torch.set_default_dtype(torch.float32)
+    model.lm_head, model.model.embed_tokens = torch.nn.Linear(4, 4), torch.nn.Embedding(4, 4)       # only the layer counts
+    adapted = common.add_adapter(model.requires_grad_(False), RANK, 0)
+    layer, weights = adapted.base_model.model.model.layers[0], {weight.data_ptr() for weight in adapted.parameters()}
+    hidden = torch.zeros(1, tokens, SHAPES[shape][0], dtype=torch.bfloat16, requires_grad=True)
+    turns = adapted.base_model.model.model.rotary_emb(hidden, torch.arange(tokens)[None])
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(hidden, position_embeddings=turns, attention_mask=None)
+    return sum(kept.values()) / tokens
+
+
+def compute(args: argparse.Namespace) -> dict[str, float]:
+    """{stage: peak in GiB}, from shapes."""
+    hidden, middle, layers, heads, tied = SHAPES[args.shape]
+    linear = layers * (2 * hidden * heads * 128 + 2 * hidden * 8 * 128 + 3 * hidden * middle)
+    table = 151936 * hidden * 2
+    weights = linear * (4 + 8 / 64 + 32 / (64 * 256)) / 8 + table * (1 if tied else 2) + hidden * middle * 2    # NF4, scales, their scales; one layer's weight unpacked
+    past = 2 * layers * 8 * 128 * 2                                                     # bytes a token of keys and values
+    # The prompts are read at once, a layer's widest tensors at a time; then come the rows' caches and one token's logits in five forms.
+    drawn = lambda rows, new: args.pairs * max(args.context * (past + 3 * middle * 2), rows * (args.context + new) * past + rows * 151936 * (2 + 4 + 4 + 4 + 8))
+    adapter = layers * RANK * (2 * (hidden + heads * 128) + 2 * (hidden + 8 * 128) + 3 * (hidden + middle))
+    trained = adapter * 4 * 4                                                           # weight, gradient and AdamW's two moments in float32
+    layer = kept_by_a_layer(args.shape)
+    backward = lambda tokens, predicted, copies: tokens * (layers * hidden * 2 + layer) + predicted * 151936 * copies
+    everyone = args.n + 2
+    parts = {"02 sampling": drawn(args.n, args.trace), "03 reconstructing": drawn(everyone, args.action),
+             "03 likelihood": (args.context + everyone * (args.trace + args.action)) * past + everyone * args.action * 151936 * (2 + 4),
+             "04 fitting": trained + backward(args.context + args.trace + args.action, args.trace + args.action, 2 + 4 + 4 + 2),
+             "05 rollout": trained + drawn(args.group, args.trace),
+             # logits in bfloat16, float32 and over the temperature; softmax and entropy; two gradients
+             "05 update": trained + backward(args.context + args.group * args.trace, args.group * args.trace, 2 + 4 + 4 + 4 + 4 + 4 + 4),
+             "06 acting": adapter * 4 + drawn(2, args.trace)}
+    return {"weights": weights / GIB} | {stage: (weights + size) / GIB for stage, size in parts.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-8b", help="whose shape (default: %(default)s)")
+    for name, size, what in (("context", 2048, "tokens in a prompt"), ("trace", 256, "tokens in a trace"), ("action", 64, "tokens in an action"), ("n", 4, "candidates a pair"),
+                             ("group", 8, "completions a prompt in GRPO"), ("pairs", 4, "pairs, or prompts, at once")):
+        parser.add_argument(f"--{name}", type=common.positive_int, default=size, help=f"{what} (default: %(default)s)")
+    parser.add_argument("--computed", action="store_true", help="compute even if there is a GPU")
+    args = parser.parse_args()
+    measured = torch.cuda.is_available() and not args.computed
+    peaks = (measure if measured else compute)(args)
+    for stage, size in peaks.items():
+        print(f"{stage:20} {size:6.2f} GiB")
+    print(json.dumps({"device": torch.cuda.get_device_name() if measured else "none: computed", "torch": torch.__version__,
+                      **{key: value for key, value in vars(args).items() if key != "computed"}, "peak_gib": {stage: round(size, 2) for stage, size in peaks.items()}}))
+
+
+if __name__ == "__main__":
+    main()
