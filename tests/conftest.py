@@ -102,7 +102,7 @@ class Loopback:
                 outer.asked.append((self.path, self.headers["Authorization"], body))
                 given = outer.answers.pop(0) if outer.answers else outer.reply(body)
                 status, headers, text = (given, {}, "no") if isinstance(given, int) else given if isinstance(given, tuple) and len(given) == 3 else (200, {}, given)
-                if status == 200:
+                if text is given:
                     text, finish = text if isinstance(text, tuple) else (text, "stop")
                     usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
                     text = json.dumps(text if isinstance(text, dict) else {"choices": [{"message": {"content": text}, "finish_reason": finish}], "usage": usage})
