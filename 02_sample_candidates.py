@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     if pairs and len(done) == len(pairs):
         print(f"02_sample_candidates: {output} is already made ({len(done)} rows)")
         return
-    model, tokenizer = load_writer(args.model, args.four_bit, args.concurrency)
+    model, tokenizer = load_writer(args.model, args.four_bit, args.concurrency, args.temperature)
     length = lambda pair: len(show_context(pair) if remote else synthesis_prompt(tokenizer, pair))
     begin_output(output, record, args.overwrite)
     tokens = finished = sampled = missing = alike = 0

@@ -1317,11 +1317,14 @@ def retry_after(header: str | None) -> float:
         return 0.0
 
 
-def open_server(name: str, concurrency: int) -> Server:
-    """The server of `openai:NAME`, asked one short question: a wrong address, key or name must cost neither old rows nor an hour of other work."""
+def open_server(name: str, concurrency: int, temperature: float = 0.0) -> Server:
+    """The server of `openai:NAME`, asked one short question: a wrong address, key or name must cost neither old rows nor an hour of other work.
+
+    `temperature` is that of the questions to come: `transformers serve --continuous-batching` keeps the first one that it is told.
+    """
     server = Server(name, concurrency)
     try:
-        server.ask([{"role": "user", "content": "Say hello."}], 16, 0.0, 0, may_be_empty=True)
+        server.ask([{"role": "user", "content": "Say hello."}], 16, temperature, 0, may_be_empty=True)
     except NoAnswer as problem:
         stop(f"{server.base} gives no answer for model {server.name}: {problem}; check OPENAI_BASE_URL, OPENAI_API_KEY and the name")
     server.opening = False
@@ -1334,9 +1337,9 @@ def server_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--concurrency", type=positive_int, default=8, metavar="N", help="requests sent at once (default: %(default)s)")
 
 
-def load_writer(name: str, four_bit: bool | None, concurrency: int) -> tuple[Any, Any]:
+def load_writer(name: str, four_bit: bool | None, concurrency: int, temperature: float = 0.0) -> tuple[Any, Any]:
     """load_model's (model, tokenizer), or (Server, None): for roles that write and are asked for no probability."""
-    return (open_server(name, concurrency), None) if name.startswith(REMOTE) else load_model(name, four_bit)
+    return (open_server(name, concurrency, temperature), None) if name.startswith(REMOTE) else load_model(name, four_bit)
 
 
 def stop_unanswered(servers: Iterable[Server], missing: int, what: str) -> NoReturn:
