@@ -1,13 +1,21 @@
 """Stages 2, 3 and 6 with models on a server: one on loopback that fails in every way we know, and `transformers serve` with the embedded model."""
 
+import importlib.util
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 import threading
+import time
+import urllib.request
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import Loopback, make_pair
+from conftest import ROOT, Loopback, make_pair
 
 import common
 
@@ -300,6 +308,13 @@ def test_likelihood_needs_a_local_model_and_says_so_before_any_work(stage, loopb
     assert "openai:big is on a server" in capsys.readouterr().err and not loopback.asked
 
 
+def test_the_first_question_has_the_temperature_of_those_to_come(stage, loopback, tmp_path):
+    """transformers serve --continuous-batching keeps the first request's for all."""
+    write_pairs(tmp_path)
+    sample(stage, tmp_path, "--temperature", "0.6")
+    assert {body["temperature"] for _, _, body in loopback.asked} == {0.6} and len(loopback.asked) == 13
+
+
 def test_a_server_that_never_samples_is_noticed(stage, loopback, tmp_path, capsys):
     write_pairs(tmp_path)
     loopback.reply = speak
@@ -340,3 +355,112 @@ def test_comparisons_without_an_answer_end_stage_6_and_only_they_are_asked_for_a
     judged = common.read_rows(run / "judgements.jsonl")
     assert len({tuple(row[key] for key in ("what", "id", "a", "b", "order")) for row in judged}) == len(judged) and all(row["winner"] for row in judged)
     assert not [path for path in run.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+
+
+# ------------------------------------------------------------------------------------------------
+# `transformers serve` with the embedded model
+
+
+class Serving:
+    """`transformers serve` as a program on loopback. The model is the embedded one, told to sample: without `do_sample` in its
+    generation_config.json this server answers greedily at any temperature."""
+
+    def __init__(self, folder: Path):
+        embedded = Path(common.model_folder("embedded"))
+        for path in embedded.iterdir():
+            if path.name != "generation_config.json":
+                (folder / path.name).symlink_to(path)
+        generation = json.loads((embedded / "generation_config.json").read_text())
+        (folder / "generation_config.json").write_text(json.dumps(generation | {"do_sample": True}))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.folder, self.log = folder, folder.with_suffix(".log")
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(self.folder), "--host", "127.0.0.1", "--port", str(self.port), "--device", "cpu"]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        for _ in range(600):
+            assert self.process.poll() is None, self.log.read_text()
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
+                    return
+            except OSError:
+                time.sleep(0.2)
+        pytest.fail(f"transformers serve did not start: {self.log.read_text()}")
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def forward(self, body: dict):
+        """The server's answer to a request, for a Loopback to give."""
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=300) as response:
+            return json.load(response)
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory):
+    if missing := [name for name in ("fastapi", "uvicorn", "openai") if not importlib.util.find_spec(name)]:
+        pytest.skip(f"transformers serve needs {', '.join(missing)}: pip install -r requirements.txt")
+    server = Serving(tmp_path_factory.mktemp("served"))
+    yield server
+    server.stop()
+
+
+def test_stages_2_3_and_6_with_transformers_serve_which_is_restarted_busy_hanging_and_silent(stage, serving, loopback, tiny_folder, tmp_path, monkeypatch):
+    """Stage 2 and 6 as programs, stage 3 in this process for the sake of a short time-out. Few and short: this server answers one request at a time."""
+    run, model = tmp_path / "run", f"openai:{serving.folder}"
+    pairs = [pair | {"split": split} for pair, split in zip(some_pairs(3), ("train", "test", "train"))]
+    run.mkdir()
+    (run / "pairs.jsonl").write_text("".join(map(common.dump_row, pairs)))
+    (run / "pairs.jsonl.made.json").write_text(json.dumps({"arguments": {}}))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OPENAI_BASE_URL": f"http://127.0.0.1:{serving.port}/v1", "OPENAI_API_KEY": KEY}
+    program = lambda script, *more: subprocess.Popen([sys.executable, str(ROOT / script), "--run", str(run), *more], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    sampling = program("02_sample_candidates.py", "--model", model, "--n", "1", "--max-trace-tokens", "24", "--batch", "1", "--concurrency", "2")
+    while not (run / "candidates.jsonl").exists() or not (run / "candidates.jsonl").read_bytes():
+        assert sampling.poll() is None, sampling.stderr.read()
+        time.sleep(0.02)
+    serving.stop()
+    serving.start()
+    out, err = sampling.communicate()
+    print(out, err)
+    assert sampling.returncode == 0 and "asking again" in err and "requests to the server" in out
+    rows = rows_of(run / "candidates.jsonl")
+    assert rows.keys() == {pair["id"] for pair in pairs} and all(len(row["candidates"]) == 1 for row in rows.values())
+    assert all(candidate["trace"] and 0 < candidate["tokens"] <= 24 for row in rows.values() for candidate in row["candidates"])
+
+    silent = threading.Event()
+
+    def timeout_of_the_next(seconds, then):
+        """Only the request that hangs may time out: how long a real answer takes depends on the machine."""
+        def reply(body):
+            monkeypatch.setattr(common, "TIMEOUT", seconds)
+            return then(body)
+        return reply
+
+    loopback.reply = failing({2: (429, {"Retry-After": "0"}, "busy"), 4: {"choices": []}, 5: timeout_of_the_next(1, serving.forward),
+                              6: timeout_of_the_next(300, lambda body: silent.wait(300) and 500)}, serving.forward)
+    stage("03_reconstruct_score").main(["--run", str(run), "--model", model, "--scorers", "embedding,judge", "--max-action-tokens", "12", "--concurrency", "1", "--limit", "2"])
+    silent.set()
+    scored = rows_of(run / "scores.jsonl")
+    assert scored.keys() == {"c0/1", "c1/1"} and all(row["calls"]["judgements"] in (1, 2, 3) for row in scored.values())
+    assert all(candidate["reconstruction"] and candidate["scores"]["embedding"] > -1 for row in scored.values() for candidate in row["candidates"])
+
+    stage("04_select_sft").main(["--run", str(run), "--model", str(tiny_folder), "--score", "embedding", "--epochs", "1", "--arms", "none,backward"])
+    environment["OPENAI_BASE_URL"] = f"http://127.0.0.1:{loopback.port}/v1"
+    loopback.reply = failing({1: (429, {"Retry-After": "1"}, "busy"), 2: {"choices": []}, 3: 503}, serving.forward)
+    evaluating = program("06_evaluate.py", "--model", str(tiny_folder), "--max-trace-tokens", "6", "--max-action-tokens", "6", "--judge", model, "--concurrency", "2")
+    out, err = evaluating.communicate()
+    print(out, err)
+    assert evaluating.returncode == 0 and "requests to the server" in out, err
+    judged = common.read_rows(run / "judgements.jsonl")
+    assert len({tuple(row[key] for key in ("what", "id", "a", "b", "order")) for row in judged}) == len(judged)
+    assert {row["id"] for row in judged} == {"c1/1"} and (run / "results.json").exists()
+    costs = {row["stage"]: row for row in common.read_rows(run / "costs.jsonl")}
+    assert all(costs[name]["prompt_tokens"] > 100 and costs[name]["completion_tokens"] > 0 for name in ("02_sample_candidates", "03_reconstruct_score", "06_evaluate"))
+    assert not [path for path in run.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()] and KEY not in out + err
