@@ -28,6 +28,7 @@ How to run it:
     python 03_reconstruct_score.py --scorers likelihood,embedding,judge          the paper's scorer beside ours
     python 03_reconstruct_score.py --scorers judge --judge openai:NAME           by a server (OPENAI_BASE_URL, OPENAI_API_KEY)
     accelerate launch 03_reconstruct_score.py                                    on all GPUs; the rows are the same
+    python 03_reconstruct_score.py --model openai:NAME --scorers embedding,judge          reconstructed there as well
 
 The summary's controls say whether a score measures anything: how often a pair's own trace beats another pair's (AUC;
 0.5 is noise), whether the score merely follows length or leaks, and in how many pairs no trace beats no trace at all.
@@ -38,27 +39,33 @@ judgement), as `--scorers judge` does. The other scores, the guard and the contr
 """
 
 import json
-import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import partial
 from itertools import zip_longest
 from typing import Any
 
-from common import (ASPECTS, Group, Portions, Row, append_rows, batches_by_length, begin_output, begin_run, bootstrap_interval, check_made_from,
+from common import (ASPECTS, REMOTE, Group, Portions, Row, Server, append_rows, batches_by_length, begin_output, begin_run, bootstrap_interval, check_made_from,
                     clean_action, closing_line, cut_context, decode, digit_tokens, discard, embed, encode_data, encode_prompt, end_output, finished_rows, gather, generate,
-                    guard_traces, judge_locally, judge_remotely, leave_to_first, likelihood_scores, load_encoder, load_model, made_with, part_of, positive_int, progress,
-                    read_candidates, other_pairs, read_pairs, reconstruction_prompt, seed_of, share, show_context, show_rate, show_scene, stage_arguments, stop, write_text)
+                    guard_traces, judge_locally, judge_remotely, leave_to_first, likelihood_scores, load_encoder, load_model, load_writer, made_with, messages_of, open_server,
+                    other_pairs, part_of, positive_int, progress, read_candidates, read_pairs, reconstruction_prompt, seed_of, server_address, server_arguments, share,
+                    show_context, show_rate, show_scene, stage_arguments, stop, stop_unanswered, write_text)
 
 SCORERS = ("likelihood", "embedding", "judge")
 Judge = Callable[[str, str, Sequence[str]], tuple[list[dict[str, float]] | None, int]]  # (context, action, guesses) -> (ratings, calls)
 
 
-def reconstruct(model: Any, tokenizer: Any, contexts: Sequence[str], traces: Sequence[Sequence[str | None]], max_tokens: int) -> list[list[str]]:
+def reconstruct(model: Any, tokenizer: Any, contexts: Sequence[str], traces: Sequence[Sequence[str | None]], max_tokens: int) -> list[list[str | None]]:
     """M_a's greedy prediction of the action for each trace of each context; a trace of None predicts without one.
 
-    The context is computed once for its traces. There is no action among the arguments.
+    The context is computed once for its traces. There is no action among the arguments. A `model` that is a Server is asked;
+    what it does not answer is None.
     """
+    if isinstance(model, Server):
+        prompts = [messages_of("reconstruction", context=context, trace=trace) if trace is not None else messages_of("reconstruction_no_trace", context=context)
+                   for context, some in zip(contexts, traces) for trace in some]
+        answers = iter([answer and clean_action(answer.text) for answer in model.ask_all({"messages": prompt, "max_tokens": max_tokens} for prompt in prompts)])
+        return [[next(answers) for _ in some] for some in traces]
     groups: list[Group] = []
     for context, some in zip(contexts, traces):
         prefix, suffixes = reconstruction_prompt(tokenizer, context, some)
@@ -80,9 +87,18 @@ def judge_in_order(judge: Judge, context: str, action: str, guesses: Sequence[st
     return (ratings and [ratings[(place - first) % len(guesses)] for place in range(len(guesses))]), calls
 
 
-def score_pairs(model: Any, tokenizer: Any, encoder: Any, judge: Judge | None, pairs: Sequence[Row], sampled: Sequence[Row], controls: Sequence[Row],
-                scorers: Sequence[str], max_tokens: int) -> tuple[list[Row], list[Row]]:
+def judge_all(judge: Judge | Server, asked: Sequence[tuple[str, str, Sequence[str], int]]) -> list[tuple[list[dict[str, float]] | None, int] | None]:
+    """judge_in_order of each (context, action, guesses, first); a server is asked many at once, and what it does not answer is None."""
+    if isinstance(judge, Server):
+        return judge.each(lambda one: judge_in_order(partial(judge_remotely, judge), *one), asked)
+    return [judge_in_order(judge, *one) for one in asked]
+
+
+def score_pairs(model: Any, tokenizer: Any, encoder: Any, judge: Judge | Server | None, pairs: Sequence[Row], sampled: Sequence[Row], controls: Sequence[Row],
+                scorers: Sequence[str], max_tokens: int, done: Container[str] = ()) -> tuple[list[Row], list[Row]]:
     """The row `sampled` of each pair with scores for every candidate, for no trace and for the control; and its token log-probs.
+
+    No row for a pair in `done`, which is there to fill the batch, nor for one for which a server gave no answer.
 
     A control is {id, trace}, a trace of another pair. The judge never sees it, nor the reconstruction without a trace:
     with the judge alone there are N reconstructions and one judgement a pair.
@@ -108,6 +124,8 @@ def score_pairs(model: Any, tokenizer: Any, encoder: Any, judge: Judge | None, p
     if "embedding" in scorers or "judge" in scorers:
         more = [[None, row["control"]["trace"]] if "embedding" in scorers else [] for row in rows]
         written = reconstruct(model, tokenizer, scenes, [[*(c["trace"] for c in row["candidates"]), *extra] for row, extra in zip(rows, more)], max_tokens)
+        whole = [place for place, texts in enumerate(written) if None not in texts]
+        pairs, scenes, rows, written, more = ([some[place] for place in whole] for some in (pairs, scenes, rows, written, more))
         for row, texts, extra in zip(rows, written, more):
             places = [*row["candidates"], row["baseline"], row["control"]]
             for place, text in zip(places, texts):
@@ -123,14 +141,18 @@ def score_pairs(model: Any, tokenizer: Any, encoder: Any, judge: Judge | None, p
                 candidate["scores"]["embedding"] = (action @ vector).item() if candidate["reconstruction"] else -1.0
 
     if "judge" in scorers:
-        for pair, scene, row in zip(pairs, scenes, rows):
-            guesses = [candidate["reconstruction"] for candidate in row["candidates"]]
-            # Another guess comes first in every pair, so that no candidate's number gains from its place.
-            ratings, row["calls"]["judgements"] = judge_in_order(judge, scene, pair["action"], guesses, seed_of("judge", row["id"]) % len(guesses))
-            for candidate, rating in zip(row["candidates"], ratings or [None] * len(guesses)):
+        # Another guess comes first in every pair, so that no candidate's number gains from its place.
+        asked = {row["id"]: (scene, pair["action"], [candidate["reconstruction"] for candidate in row["candidates"]], seed_of("judge", row["id"]) % len(row["candidates"]))
+                 for pair, scene, row in zip(pairs, scenes, rows) if row["id"] not in done}
+        told = dict(zip(asked, judge_all(judge, list(asked.values()))))
+        judged = [(row, told[row["id"]]) for row in rows if told.get(row["id"])]
+        for row, (ratings, calls) in judged:
+            row["calls"]["judgements"] = calls
+            for candidate, rating in zip(row["candidates"], ratings or [None] * len(row["candidates"])):
                 candidate["judge"] = rating
                 candidate["scores"]["judge"] = rating and sum(rating.values()) / len(ASPECTS)
-    return rows, logprobs
+        rows = [row for row, _ in judged]
+    return [row for row in rows if row["id"] not in done], logprobs
 
 
 # ------------------------------------------------------------------------------------------------
@@ -188,28 +210,23 @@ def measure_controls(rows: Sequence[Row], conversations: dict[str, str], name: s
             "pairs_where_no_trace_wins": sum(beaten) / len(beaten) if beaten else None}
 
 
-def judge_movement(judge: Judge, pairs: Sequence[Row], rows: Sequence[Row]) -> Row | None:
+def judge_movement(judge: Judge | Server, pairs: Sequence[Row], rows: Sequence[Row]) -> Row | None:
     """How far ratings move when the same guesses are shown in every rotation, beside how far they differ between guesses.
 
-    Both are mean absolute differences on the 0 to 9 scale: of one guess in two orders, of two guesses over all orders.
+    Both are mean absolute differences on the 0 to 9 scale: of one guess in two orders, of two guesses over all orders. An order
+    without an answer is left out.
     """
-    moved, apart, calls = [], [], 0
-    for pair, row in zip(pairs, rows):
-        guesses = [candidate["reconstruction"] for candidate in row["candidates"]]
-        if len(guesses) < 2:
-            continue
-        orders = []
-        for first in range(len(guesses)):
-            ratings, made = judge_in_order(judge, show_scene(pair), pair["action"], guesses, first)
-            calls += made
-            if ratings:
-                orders.append([sum(rating.values()) / len(ASPECTS) for rating in ratings])
+    asked = [(pair, [candidate["reconstruction"] for candidate in row["candidates"]]) for pair, row in zip(pairs, rows) if len(row["candidates"]) > 1]
+    told = [one or (None, 0) for one in judge_all(judge, [(show_scene(pair), pair["action"], guesses, first) for pair, guesses in asked for first in range(len(guesses))])]
+    answers, moved, apart = iter(told), [], []
+    for _, guesses in asked:
+        orders = [[sum(rating.values()) / len(ASPECTS) for rating in ratings] for ratings, _ in (next(answers) for _ in guesses) if ratings]
         moved += [abs(a[k] - b[k]) for k in range(len(guesses)) for i, a in enumerate(orders) for b in orders[:i]]
         means = [sum(values) / len(values) for values in zip(*orders)]
         apart += [abs(a - b) for i, a in enumerate(means) for b in means[:i]]
     if not moved or not apart:
         return None
-    return {"between_orders": sum(moved) / len(moved), "between_guesses": sum(apart) / len(apart), "pairs": len(pairs), "calls": calls}
+    return {"between_orders": sum(moved) / len(moved), "between_guesses": sum(apart) / len(apart), "pairs": len(pairs), "calls": sum(calls for _, calls in told)}
 
 
 def summarise(rows: Sequence[Row], conversations: dict[str, str], movement: Row | None, left_out: Sequence[str] = ()) -> Row:
@@ -275,6 +292,7 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--judge", metavar="NAME", help="model that judges: a local folder, a hub name or openai:NAME (default: the reconstructor)")
     group.add_argument("--max-action-tokens", type=positive_int, default=24, help="tokens in a reconstruction, at most (default: %(default)s)")
     group.add_argument("--batch", type=positive_int, default=16, help="pairs reconstructed at once (default: %(default)s)")
+    server_arguments(parser)
     group.add_argument("--keep-token-logprobs", action="store_true", help="write RUN/token_logprobs.jsonl as well")
     args = parser.parse_args(argv)
     scorers = args.scorers.split(",")
@@ -284,6 +302,9 @@ def main(argv: list[str] | None = None) -> None:
         stop("--keep-token-logprobs needs the scorer likelihood")
     if args.judge and "judge" not in scorers:
         stop("--judge names a judge, but --scorers does not ask for one; add judge to --scorers")
+    writing_remotely, judged_by = args.model.startswith(REMOTE), (args.judge or args.model) if "judge" in scorers else ""
+    if writing_remotely and "likelihood" in scorers:
+        stop("--scorers likelihood needs a local model; pass --scorers embedding,judge, or a local --model")
 
     started = begin_run(args.run)
     sources, output = (args.run / "pairs.jsonl", args.run / "candidates.jsonl"), args.run / "scores.jsonl"
@@ -295,8 +316,8 @@ def main(argv: list[str] | None = None) -> None:
         stop(f"{sources[1]}: id {foreign!r} is not in {sources[0]}; run 02_sample_candidates.py --overwrite")
     work = [pair for name, pair in pairs.items() if name in found][:args.limit]
     prompts = ["reconstruction", "reconstruction_no_trace", "transcript", "transcript_no_trace", *(["judge"] if "judge" in scorers else [])]
-    remote = bool(args.judge) and args.judge.startswith("openai:")
-    record = made_with(args, sources, prompts, ignore=("seed", "keep_token_logprobs"), **({"server": os.environ.get("OPENAI_BASE_URL")} if remote else {}))
+    at_server = {"server": server_address()} if writing_remotely or judged_by.startswith(REMOTE) else {}
+    record = made_with(args, sources, prompts, ignore=("seed", "keep_token_logprobs", "concurrency"), **at_server)
     keys, expected = ("id", "candidates", "baseline"), [pair["id"] for pair in work]
     done = finished_rows(output, record, args.overwrite, keys, expected)
     kept = finished_rows(side, record, args.overwrite or not done, ("id", "baseline", "candidates"), expected) if args.keep_token_logprobs else {}
@@ -307,24 +328,30 @@ def main(argv: list[str] | None = None) -> None:
         print(f"03_reconstruct_score: {output} is already made ({len(done)} rows)")
         return
 
-    model, tokenizer = load_model(args.model, args.four_bit)
+    model, tokenizer = load_writer(args.model, args.four_bit, args.concurrency)
     encoder = load_encoder(args.encoder)
     judge = judging = None                                    # judging: a local judge's model and tokenizer
-    if remote:
-        judge = partial(judge_remotely, args.judge.removeprefix("openai:"))
-    elif "judge" in scorers:
-        judging = (model, tokenizer) if args.judge in (None, args.model) else load_model(args.judge, args.four_bit)
+    if judged_by.startswith(REMOTE):
+        judge = model if judged_by == args.model else open_server(judged_by, args.concurrency)
+    elif judged_by:
+        judging = (model, tokenizer) if judged_by == args.model else load_model(judged_by, args.four_bit)
         judge = local_judge(*judging)
+    servers = {id(some): some for some in (model, judge) if isinstance(some, Server)}.values()
     controls = choose_controls(work, [pair for name, pair in pairs.items() if name in found], found)
     fitting, left_out = [], []
+    # A server's tokenizer and window are not known here: it is told what stage 1 left of a context, and refuses what is too long for it.
+    counter = tokenizer or (judging and judging[1])
     for pair in work:
+        if not counter:
+            fitting.append(pair)
+            continue
         traces = [candidate["trace"] for candidate in found[pair["id"]]["candidates"]]
-        longest = max(len(encode_data(tokenizer, trace)) for trace in (*traces, controls[pair["id"]]["trace"]))
-        action = max(len(encode_data(tokenizer, pair["action"])), args.max_action_tokens)
-        rooms = [room_in_window(model, tokenizer, "reconstruction", longest + action)]
+        longest = max(len(encode_data(counter, trace)) for trace in (*traces, controls[pair["id"]]["trace"]))
+        action = max(len(encode_data(counter, pair["action"])), args.max_action_tokens)
+        rooms = [] if writing_remotely else [room_in_window(model, tokenizer, "reconstruction", longest + action)]
         if judging:                                           # a guess, its number, and room for the answer
             rooms.append(room_in_window(*judging, "judge", action + len(traces) * (args.max_action_tokens + 8) + 16))
-        shorter = cut_context(tokenizer, pair, min(rooms))
+        shorter = cut_context(counter, pair, min(rooms))
         if shorter:
             fitting.append(shorter)
         else:
@@ -337,32 +364,42 @@ def main(argv: list[str] | None = None) -> None:
         begin_output(side, record, args.overwrite or not done)
     elif args.overwrite:
         discard(side)
-    tokens = 0
-    portions, batches = Portions(), batches_by_length(fitting, lambda pair: len(tokenizer.encode(show_context(pair))), args.batch)
+    tokens = missing = 0
+    length = lambda pair: len(show_context(pair) if writing_remotely else tokenizer.encode(show_context(pair)))
+    portions, batches = Portions(), batches_by_length(fitting, length, args.batch)
     work_on = lambda some: list(zip_longest(*score_pairs(model, tokenizer, encoder, judge, some, [found[pair["id"]] for pair in some], [controls[pair["id"]] for pair in some],
-                                                         scorers, args.max_action_tokens)))
+                                                         scorers, args.max_action_tokens, done)))
     for batch in progress(share(batches), "reconstructing and scoring"):
         if all(pair["id"] in done for pair in batch):
             continue
-        rows, logprobs = zip(*portions.run(work_on, batch))
+        if writing_remotely:                                  # no row depends on another's, and none is paid for twice
+            batch = [pair for pair in batch if pair["id"] not in done]
+        scored = portions.run(work_on, batch)
+        rows = [row for row, _ in scored if row]
+        missing += sum(pair["id"] not in done for pair in batch) - len(rows)
         if args.keep_token_logprobs:                          # first, so that every row of scores.jsonl has its log-probs
-            append_rows(part_of(side), [row for row in logprobs if row["id"] not in kept])
-        append_rows(part_of(output), [row for row in rows if row["id"] not in done])
+            append_rows(part_of(side), [row for _, row in scored if row and row["id"] not in kept])
+        append_rows(part_of(output), rows)
+        if writing_remotely:
+            continue
         texts = [text for row in rows for some in (*row["candidates"], row["baseline"], row["control"]) for text in (some.get("trace", ""), some.get("reconstruction", ""))]
         tokens += sum(map(len, tokenizer([*texts, *(show_context(pair) for pair in batch)]).input_ids))
 
     order = [pair["id"] for batch in batches for pair in batch]
     for path in (side, output) if args.keep_token_logprobs else (output,):
         end_output(path, order)
-    tokens = sum(gather([tokens]))
+    tokens = model.prompt_tokens + model.completion_tokens if writing_remotely else sum(gather([tokens]))
     leave_to_first()
     scored = finished_rows(output, record, False, keys, expected)
-    some = [pair for pair in fitting[:8] if "judge" in scorers]
-    movement = judge_movement(judge, some, [scored[pair["id"]] for pair in some]) if some else None
-    measured = summarise(list(scored.values()), {name: pair["conversation"] for name, pair in pairs.items()}, movement, left_out)
-    write_text(summary, json.dumps(measured, indent=1) + "\n")
-    print_summary(measured)
-    closing_line(args.run, "03_reconstruct_score", len(work), len(scored), len(done), started, tokens)
+    if not missing:
+        some = [pair for pair in fitting[:8] if "judge" in scorers]
+        movement = judge_movement(judge, some, [scored[pair["id"]] for pair in some]) if some else None
+        measured = summarise(list(scored.values()), {name: pair["conversation"] for name, pair in pairs.items()}, movement, left_out)
+        write_text(summary, json.dumps(measured, indent=1) + "\n")
+        print_summary(measured)
+    closing_line(args.run, "03_reconstruct_score", len(work), len(scored), len(done), started, tokens, servers)
+    if missing:
+        stop_unanswered(servers, missing, "pairs")
 
 
 if __name__ == "__main__":

@@ -48,11 +48,12 @@ from typing import Any
 
 import torch
 
-from common import (END_THINK, FEWEST, FIELD, MIN_P, PROMPTS, Portions, Row, append_rows, ask_server, batches_by_length, begin_output, begin_run, bootstrap_interval,
+from common import (END_THINK, FEWEST, MIN_P, PROMPTS, REMOTE, Portions, Row, Server, append_rows, batches_by_length, begin_output, begin_run, bootstrap_interval,
                     check_adapter, check_made_from, clean_action, close_trace, closing_line, cut_torn_line, decode, discard, dump_row, embed, encode_data,
                     encode_prompt, end_output, file_hash, finished_rows, fraction, gather, generate, leave_to_first, load_adapter, load_encoder, load_model, made_with,
-                    packed_logits, packed_logprobs, part_of, positive_float, positive_int, progress, quantiles, read_candidates, read_pairs, read_rows, record_of, seed_of,
-                    share, show_context, show_rate, show_scene, stage_arguments, stop, user_prompt, words_of, write_output, write_text)
+                    messages_of, open_server, packed_logits, packed_logprobs, part_of, positive_float, positive_int, progress, quantiles, read_candidates, read_pairs,
+                    read_rows, record_of, seed_of, server_address, server_arguments, share, show_context, show_rate, show_scene, stage_arguments, stop, stop_unanswered,
+                    user_prompt, words_of, write_output, write_text)
 
 reconstruct_score = importlib.import_module("03_reconstruct_score")
 select_sft = importlib.import_module("04_select_sft")
@@ -152,10 +153,11 @@ def score_of(run: Path, arm: str, scored: Sequence[Row]) -> str:
     return found or next((name for name in ("unsaid", "likelihood", "embedding", "judge") if name in scored[0]["candidates"][0]["scores"]), "unsaid")
 
 
-def reconstruct_all(args: Namespace, base: Base, pairs: Sequence[Row], scores: Path, scored: Sequence[Row]) -> tuple[dict[str, dict[str, Row]], int]:
+def reconstruct_all(args: Namespace, base: Base, servers: dict[str, Server], pairs: Sequence[Row], scores: Path, scored: Sequence[Row]) -> tuple[dict[str, dict[str, Row]], int]:
     """(reconstructions by arm and id, tokens read or written) from each arm's traces for the held-out pairs that stage 3 scored.
 
-    Written by the model that scored, which need not be the one that user models were fitted on. Arm recon-grpo's traces
+    Written by the model that scored, which need not be the one that user models were fitted on; if a server has it, it is asked
+    there and joins `servers`. Arm recon-grpo's traces
     are written here, by the trained synthesizer, as stage 5 wrote those of the train split; it is left out if the
     synthesizer was trained on another model. Appends to reconstructions/ARM.jsonl.
     """
@@ -171,7 +173,7 @@ def reconstruct_all(args: Namespace, base: Base, pairs: Sequence[Row], scores: P
         else:
             print(f"no reconstructions from recon-grpo's traces: the synthesizer was trained on {trained_on}, and {scoring['model']} scored")
     found: dict[str, dict[str, Row]] = {}
-    tokens, portions = 0, Portions()
+    tokens, missing, portions = 0, 0, Portions()
     for arm in sorted(arms, key=ARMS.index):
         score = score_of(args.run, arm, scored)
         output = args.run / "reconstructions" / f"{arm}.jsonl"
@@ -186,7 +188,10 @@ def reconstruct_all(args: Namespace, base: Base, pairs: Sequence[Row], scores: P
                 ids = {row["id"] for row in whole}
                 chosen = held_out_traces(arm, [pair for pair in pairs if pair["id"] in ids], whole, score, args.seed)
             if chosen is None or any(row["reconstruction"] is None for row in chosen):
-                model, tokenizer = base(scoring["model"], scoring["four_bit"])
+                name = scoring["model"]
+                if name.startswith(REMOTE) and name not in servers:
+                    servers[name] = open_server(name, args.concurrency)
+                model, tokenizer = (servers[name], None) if name in servers else base(name, scoring["four_bit"])
             if chosen is None:
                 encoder = encoder or load_encoder(scoring["encoder"])
                 tracing = Namespace(**record_of(written)["arguments"], run=args.run, overwrite=args.overwrite)
@@ -204,11 +209,15 @@ def reconstruct_all(args: Namespace, base: Base, pairs: Sequence[Row], scores: P
                                                                                scoring["max_action_tokens"]), todo)
                 for (_, row), (text,) in zip(todo, texts):
                     row["reconstruction"] = text
-                    tokens += len(encode_data(tokenizer, text))
-                append_rows(part_of(output), [row for _, row in batch if row["id"] not in rows])
+                    tokens += len(encode_data(tokenizer, text)) if tokenizer else 0
+                whole = [row for _, row in batch if row["reconstruction"] is not None]
+                missing += len(batch) - len(whole)
+                append_rows(part_of(output), [row for row in whole if row["id"] not in rows])
             end_output(output, [row["id"] for batch in batches for _, row in batch])
             rows = finished_rows(output, record, False, REBUILT, by_id)
         found[arm] = rows
+    if missing:
+        stop_unanswered(servers.values(), missing, "reconstructions")
     return found, tokens
 
 
@@ -223,8 +232,8 @@ class Judge:
     name: str
     orders: tuple[str, ...]                      # ("both",) for a symmetric judge, else ("ab", "ba")
     ask: Callable[[str, str, Sequence[tuple[str, str]]], list[str | None]]
-    at_once: bool = True                         # a server is asked one question at a time, and each answer is kept
     calls: int = 0
+    unanswered: int = 0                          # questions for which a server gave no answer: to be asked again
 
 
 def closer(first: float, second: float, margin: float) -> str:
@@ -275,33 +284,33 @@ def parse_choice(answer: str) -> str | None:
     return found and {"A": "first", "B": "second"}[found.group(1).upper()]
 
 
-def remote_judge(name: str, tries: int = 3) -> Judge:
+def remote_judge(server: Server, tries: int = 3) -> Judge:
     """A model on an OpenAI-compatible server. An answer that is not a letter is asked for again, and missing after `tries`."""
     def ask(context: str, action: str, questions: Sequence[tuple[str, str]]) -> list[str | None]:
-        answers: list[str | None] = []
-        for first, second in questions:
-            fields = {"context": context, "action": action, "first": first, "second": second}
-            messages = [{"role": role, "content": FIELD.sub(lambda found: fields[found.group(1)], content)} for role, content in PROMPTS["comparison"]]
-            answers.append(None)
-            for _ in range(tries):
-                judge.calls += 1
-                answers[-1] = parse_choice(ask_server(name.removeprefix("openai:"), messages, 256)[0])
-                if answers[-1]:
-                    break
-        return answers
+        def ask_one(question: tuple[str, str]) -> tuple[str | None, int]:
+            messages = messages_of("comparison", context=context, action=action, first=question[0], second=question[1])
+            for call in range(1, tries + 1):
+                if choice := parse_choice(server.ask(messages, 16).text):
+                    return choice, call
+            return None, tries
 
-    judge = Judge(f"{name} at {os.environ.get('OPENAI_BASE_URL')}", ("ab", "ba"), ask, at_once=False)
+        told = server.each(ask_one, questions)
+        judge.calls += sum(calls for _, calls in filter(None, told))
+        judge.unanswered += told.count(None)
+        return [one and one[0] for one in told]
+
+    judge = Judge(f"{REMOTE}{server.name} at {server.base}", ("ab", "ba"), ask)
     return judge
 
 
 FAMILIES = ("smollm", "llama", "qwen", "gemma", "gemini", "mistral", "mixtral", "phi", "gpt", "claude", "deepseek", "olmo", "granite", "falcon")
 
 
-def load_judge(args: Namespace, base: Base, encoder: Any) -> Judge:
+def load_judge(args: Namespace, base: Base, encoder: Any, servers: dict[str, Server]) -> Judge:
     if args.judge == "encoder":
         return encoder_judge(encoder, args.margin)
-    if args.judge.startswith("openai:"):
-        return remote_judge(args.judge)
+    if args.judge in servers:
+        return remote_judge(servers[args.judge])
     return local_judge(f"{args.judge}{' in 4 bits' * bool(args.four_bit)}", *base(args.judge, args.four_bit))
 
 
@@ -332,11 +341,11 @@ def judge_pairs(judge: Judge, what: str, pairs: Sequence[Row], texts: dict[str, 
         key = {question: hashlib.sha256(repr((judge.name, PROMPTS["comparison"], context, pair["action"], *question)).encode("utf-8", "replace")).hexdigest()[:32]
                for question in asked.values()}
         new = [question for question in key if question[0] != question[1] and key[question] not in known]
-        for some in [new] if judge.at_once and new else [[question] for question in new]:
-            said = judge.ask(context, pair["action"], some)
-            known |= {key[question]: answer for question, answer in zip(some, said)}
+        if new:
+            said = judge.ask(context, pair["action"], new)
+            known |= {key[question]: answer for question, answer in zip(new, said)}
             if asks_model:
-                append_rows(answers, [{"question": key[question], "answer": answer} for question, answer in zip(some, said) if answer])
+                append_rows(answers, [{"question": key[question], "answer": answer} for question, answer in zip(new, said) if answer])
         for (a, b, order), question in asked.items():
             answer = "tie" if question[0] == question[1] else known[key[question]]
             winner = {"first": "ba"[order != "ba"], "second": "ab"[order != "ba"]}.get(answer, answer)
@@ -1079,6 +1088,7 @@ def main(argv: list[str] | None = None) -> None:
     group = parser.add_argument_group("people as judges")
     group.add_argument("--human-sheet", type=positive_int, metavar="N", help="write RUN/human.html with N comparisons of actions for a person to judge")
     group.add_argument("--human-labels", type=Path, nargs="+", default=[], metavar="FILE", help="files that people downloaded from the sheet: how far they agree with the judge")
+    server_arguments(parser)
     args = parser.parse_args(argv)
 
     started = begin_run(args.run)
@@ -1099,8 +1109,8 @@ def main(argv: list[str] | None = None) -> None:
     inputs = [source, *([scores] if scores.is_file() else []), *(folder / "adapter_model.safetensors" for folder in folders.values())]
     prompts = ["user_model", "reconstruction", "reconstruction_no_trace", "comparison"]
     # Judging costs little beside acting, so another --versus or a new arm is judged anew; what models wrote or answered is kept.
-    record = made_with(args, inputs, prompts, ignore=("human_sheet", "human_labels"), labels=[file_hash(path) for path in args.human_labels],
-                       **({"server": os.environ.get("OPENAI_BASE_URL")} if args.judge.startswith("openai:") else {}))
+    record = made_with(args, inputs, prompts, ignore=("human_sheet", "human_labels", "concurrency"), labels=[file_hash(path) for path in args.human_labels],
+                       **({"server": server_address()} if args.judge.startswith(REMOTE) else {}))
     judged, target, report = (args.run / name for name in ("judgements.jsonl", "results.json", "report.html"))
     if not (args.overwrite or args.human_sheet) and all(path.is_file() for path in (judged, target, report)) and record_of(target) == record:
         print_results(json.loads(target.read_text(encoding="utf-8")))
@@ -1108,6 +1118,8 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     base = lru_cache(maxsize=1)(load_model)                   # user model, reconstructor and judge may be one base: loaded once, and never two at a time
+    # Opened now, as acting takes long and a key may be wrong.
+    servers = {args.judge: open_server(args.judge, args.concurrency)} if args.judge.startswith(REMOTE) else {}
     predictions, tokens, reused = act_all(args, base, pairs, folders, source)
     rebuilt: dict[str, dict[str, Row]] = {}
     scored: list[Row] = []
@@ -1116,7 +1128,7 @@ def main(argv: list[str] | None = None) -> None:
         scored = read_candidates(scores, "03_reconstruct_score.py", ("scores", "leak", "reworded", "stopped", "tokens"), ("baseline", "control"))
         held_out = {pair["id"] for pair in pairs}
         if some := [row for row in scored if row["id"] in held_out]:
-            rebuilt, read = reconstruct_all(args, base, pairs, scores, some)
+            rebuilt, read = reconstruct_all(args, base, servers, pairs, scores, some)
             tokens += read
     if not rebuilt:
         print(f"no reconstructions are compared: {scores} holds no held-out pair")
@@ -1124,7 +1136,7 @@ def main(argv: list[str] | None = None) -> None:
     tokens = sum(gather([tokens]))
     leave_to_first()
     encoder = load_encoder(args.encoder)
-    judge = load_judge(args, base, encoder)
+    judge = load_judge(args, base, encoder, servers)
     if args.overwrite:
         discard(args.run / "answers.jsonl")
     written = {"actions": {arm: {name: row["action"] for name, row in rows.items()} for arm, rows in predictions.items()},
@@ -1142,6 +1154,9 @@ def main(argv: list[str] | None = None) -> None:
                           for arm, of in written[what].items()}
             results[key] = describe_arms(what, versus, found, some, written[what], thoughts[what], near[what])
             judgements, comparisons = judgements + rows, comparisons + found
+    if judge.unanswered:
+        closing_line(args.run, "06_evaluate", len(folders) * len(pairs), len(folders) * len(pairs), reused, started, tokens, servers.values())
+        stop_unanswered(servers.values(), judge.unanswered, "comparisons")
     for arm, row in results["arms"].items():
         row |= describe_likelihood(pairs, predictions[arm], predictions[args.versus], args.seed)
 
@@ -1174,7 +1189,7 @@ def main(argv: list[str] | None = None) -> None:
     if judge.calls:
         print(f"judge: {judge.calls} calls made now, {len(judgements)} verdicts")
     print(f"report: {report}")
-    closing_line(args.run, "06_evaluate", len(folders) * len(pairs), len(folders) * len(pairs), reused, started, tokens)
+    closing_line(args.run, "06_evaluate", len(folders) * len(pairs), len(folders) * len(pairs), reused, started, tokens, servers.values())
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ The sections stand in the order in which the pipeline needs them, and each one i
     prompts     every word that a model is told, and how it becomes token ids
     sampling    many completions a prompt with the shared part of the prompts computed once
     scoring     log-probabilities with the shared prefix computed once, and the scores made of them
+    servers     the same questions asked of a model behind an OpenAI-compatible API
 
 To fork for a new domain, start with the prompts section.
 """
 
 import argparse
+import email.utils
 import glob
 import hashlib
 import http.client
@@ -21,14 +23,18 @@ import importlib.util
 import json
 import logging
 import os
+import random
 import re
 import shutil
 import sys
+import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -100,7 +106,7 @@ def stage_arguments(doc: str, default_limit: int | None = None) -> argparse.Argu
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("common to all stages")
     group.add_argument("--run", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder of this run (default: %(default)s)")
-    group.add_argument("--model", default="embedded", metavar="NAME", help="language model: 'embedded', a local folder or a hub name (default: %(default)s)")
+    group.add_argument("--model", default="embedded", metavar="NAME", help="language model: 'embedded', a local folder, a hub name; in stages 2 and 3 also openai:NAME (default: %(default)s)")
     group.add_argument("--4bit", dest="four_bit", action=argparse.BooleanOptionalAction, help="load the model in 4 bits (default: only on a GPU)")
     group.add_argument("--seed", type=int, default=0, help="seed of every random choice (default: %(default)s)")
     group.add_argument("--limit", type=positive_int, default=default_limit, metavar="N", help="use at most N pairs (default: %(default)s)")
@@ -385,13 +391,20 @@ def batches_by_length(items: Sequence, length: Any, size: int) -> list[list]:
     return [ordered[start:start + size] for start in range(0, len(ordered), size)]
 
 
-def closing_line(run: Path, stage: str, rows_in: int, rows_out: int, skipped: int, started: float, tokens: int) -> None:
-    """The line with which each stage ends, also appended to costs.jsonl. `started` is a time.monotonic(); `tokens` counts what the model read or wrote."""
+def closing_line(run: Path, stage: str, rows_in: int, rows_out: int, skipped: int, started: float, tokens: int, servers: Iterable["Server"] = ()) -> None:
+    """The line with which each stage ends, also appended to costs.jsonl. `started` is a time.monotonic(); `tokens` counts what the model read or wrote.
+
+    What `servers` were asked comes after it, by their own count: it is what is paid for.
+    """
     if process_rank():
         return
-    seconds = time.monotonic() - started
-    append_rows(run / "costs.jsonl", [{"stage": stage, "rows": rows_out - skipped, "seconds": round(seconds, 1), "tokens": tokens}])
-    print(f"{stage}: {rows_in} rows in, {rows_out} out, {skipped} skipped, {seconds:.0f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s")
+    seconds, asked = time.monotonic() - started, ""
+    cost: Row = {"stage": stage, "rows": rows_out - skipped, "seconds": round(seconds, 1), "tokens": tokens}
+    if servers := list(servers):
+        cost |= {key: sum(getattr(server, key) for server in servers) for key in ("requests", "prompt_tokens", "completion_tokens")}
+        asked = f"; {cost['requests']:,} requests to the server, {cost['prompt_tokens']:,} tokens read and {cost['completion_tokens']:,} written there"
+    append_rows(run / "costs.jsonl", [cost])
+    print(f"{stage}: {rows_in} rows in, {rows_out} out, {skipped} skipped, {seconds:.0f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s{asked}")
 
 
 def progress(items: Iterable, what: str, total: int | None = None) -> Iterator:
@@ -510,11 +523,12 @@ class Portions:
 
     def run(self, work: Callable[[Sequence], list], items: Sequence) -> list:
         """`work` on all items, portion by portion; stops if not even one fits."""
-        size = -(-len(items) // self.count)
+        size, place = -(-len(items) // self.count), 0
         done: list = []
-        while len(done) < len(items):
+        while place < len(items):
             try:
-                done += work(items[len(done):len(done) + size])
+                done += work(items[place:place + size])
+                place += size
                 continue
             except torch.OutOfMemoryError:
                 pass                                          # freed below: in here the exception still holds what it met
@@ -530,6 +544,7 @@ class Portions:
 # ------------------------------------------------------------------------------------------------
 # Models: one base for all roles (adapters come and go on top of it), one encoder
 
+REMOTE = "openai:"                                         # in front of the name of a model that a server has
 CACHE = Path(__file__).resolve().parent / ".cache"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -548,6 +563,8 @@ def model_folder(name: str) -> str:
     'embedded' is SmolLM2-135M-Instruct, which a package ships as a GGUF file. It is verified, converted once to
     safetensors (some 20 s) and cached beside this file. Any other name is a local folder or a name on the hub.
     """
+    if name.startswith(REMOTE):
+        stop(f"{name} is on a server, and this needs a local model: 'embedded', a local folder or a hub name")
     if name != "embedded":
         return name
     folder = CACHE / f"smollm2-135m-instruct-{GGUF_SHA256[:8]}"
@@ -978,11 +995,14 @@ def decode(tokenizer: Any, completion: Completion) -> str:
 SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 
 
+def whole_sentences(text: str, finished: bool) -> str:
+    ends = [found.end() for found in SENTENCE_END.finditer(text)]
+    return text if finished or not ends else text[:ends[-1]]
+
+
 def trace_of(tokenizer: Any, completion: Completion) -> str:
     """The trace in a completion; one that met the token limit loses the sentence it was in the middle of, unless none is whole."""
-    text = decode(tokenizer, completion)
-    ends = [found.end() for found in SENTENCE_END.finditer(text)]
-    return text if completion.finished or not ends else text[:ends[-1]]
+    return whole_sentences(decode(tokenizer, completion), completion.finished)
 
 
 def clean_action(text: str) -> str:
@@ -1313,44 +1333,220 @@ def parse_ratings(answer: str, count: int) -> list[dict[str, float]] | None:
     return [{aspect: float(found[number][aspect]) for aspect in ASPECTS} for number in numbers]
 
 
-def ask_server(name: str, messages: Sequence[Row], max_tokens: int, waits: Sequence[float] = (1, 2, 4, 8, 16)) -> tuple[str, bool]:
-    """(answer, whether it is whole) of model `name` on an OpenAI-compatible server at OPENAI_BASE_URL.
+# ------------------------------------------------------------------------------------------------
+# Servers: a model behind an OpenAI-compatible API
 
-    The key comes from OPENAI_API_KEY alone and is never printed. A busy or failing server is asked again after each of
-    `waits` seconds; one that refuses, or is still failing then, stops the stage (finished rows are kept).
-    """
-    base = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1").rstrip("/")
+TIMEOUT = 300                                              # seconds without a byte from the server: a busy one queues requests
+WAITS = (1, 2, 4, 8, 16, 30, 60)                           # seconds before a failed request is sent again: two minutes bridge a restart
+LONGEST_WAIT = 600                                         # of a server's Retry-After, in seconds
+EMPTY_TRIES = 3                                            # requests before an empty answer is an error
+GIVE_UP, USELESS = 3, 24                                   # requests in a row that failed for good, or were refused or answered with nothing: no more are sent
+REASONING = 4096                                           # tokens more for models that take max_completion_tokens: they think at the expense of that limit
+CONTROL = re.compile(r"<(?=\||/?\w+>)|\[(?=/?[A-Z_]+\])")   # what opens a control token in common chat templates, like <|im_end|> or [INST]
+
+
+class NoAnswer(Exception):
+    """A request that stays without an answer; says why."""
+
+
+@dataclass
+class Answer:
+    """A server's answer: its text without a think block, whether it ended before the limit, and tokens by the server's count."""
+
+    text: str
+    whole: bool
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """urllib would carry the key to whatever host a redirect names."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def server_address() -> str:
+    """OPENAI_BASE_URL, or OpenAI's own; it is kept in records and messages, so an address that may hold a secret stops."""
+    base = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1").strip().rstrip("/")
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if "@" in base or "?" in base or (len(key) >= 8 and key in base):
+        stop("OPENAI_BASE_URL must be a plain address; a key belongs into OPENAI_API_KEY and nowhere else")
     if not base.startswith(("http://", "https://")):
         stop(f"OPENAI_BASE_URL={base} must start with http:// or https://")
-    key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
-    if not (key.isascii() and key.isprintable()):
-        stop("OPENAI_API_KEY holds characters that a key cannot hold; set it anew")
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-    body = json.dumps({"model": name, "messages": list(messages), "max_tokens": max_tokens, "temperature": 0}).encode()
-    problem = ""
-    for wait in (*waits, None):
+    return base
+
+
+def messages_of(prompt: str, **fields: str) -> list[Row]:
+    """The chat messages of a prompt. Here the server tokenises, so what looks like a control token in a field gets a space into it."""
+    plain = {name: CONTROL.sub(lambda found: found.group() + " ", text) for name, text in fields.items()}
+    return [{"role": role, "content": FIELD.sub(lambda found: plain[found.group(1)], content)} for role, content in PROMPTS[prompt]]
+
+
+def text_of(content: object) -> str:
+    """What a model said after thinking. An unfinished thought is no answer; fields for reasoning are never read."""
+    return content.rpartition("</think>")[2].partition("<think>")[0].strip() if isinstance(content, str) else ""
+
+
+class Server:
+    """A model on an OpenAI-compatible server. Threads share it: `ask` one question, or `each` to have many asked at once.
+
+    The key comes from OPENAI_API_KEY alone and goes into the request's header; it is cut out of all that the server says.
+    `requests`, `prompt_tokens` and `completion_tokens` count what was answered; `problem` is the last failure.
+    """
+
+    def __init__(self, name: str, concurrency: int):
+        self.name, self.concurrency, self.base = name.removeprefix(REMOTE), concurrency, server_address()
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
+        if not (self.key.isascii() and self.key.isprintable()):
+            stop("OPENAI_API_KEY holds characters that a key cannot hold; set it anew")
+        self.requests = self.prompt_tokens = self.completion_tokens = 0
+        self.problem, self.failed, self.waiting, self.gone = "", 0, False, threading.Event()
+        self.opening, self.refused = True, set()              # refused: parameters that this model does not take, learnt while opening
+        self.lock = threading.Lock()
+        self.opener = urllib.request.build_opener(NoRedirect)
+
+    def redact(self, text: str) -> str:
+        return text.replace(self.key, "[key]") if len(self.key) >= 8 else text      # shorter ones are placeholders such as EMPTY
+
+    def post(self, messages: Sequence[Row], wanted: Row) -> Answer:
+        """One request and its answer. Raises what urllib raises.
+
+        Newer models refuse `temperature`, `seed` or `max_tokens` (for `max_completion_tokens`). Which, is learnt while opening:
+        later on, an error may merely quote such a word from the prompt.
+        """
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
+        while True:
+            body = {key: value for key, value in wanted.items() if key not in self.refused}
+            if "max_tokens" in self.refused:
+                body["max_completion_tokens"] = wanted["max_tokens"] + REASONING
+            data = json.dumps({"model": self.name, "messages": list(messages), **body}).encode()
+            try:
+                with self.opener.open(urllib.request.Request(f"{self.base}/chat/completions", data, headers), timeout=TIMEOUT) as response:
+                    found = json.load(response)
+                break
+            except urllib.error.HTTPError as error:
+                error.msg = self.redact(" ".join(f"{error.reason} {error.read(100_000).decode('utf-8', 'replace')}".split()))
+                named = [key for key in wanted if key in body and key in error.msg]
+                if not self.opening or not named or error.code not in (400, 422):
+                    raise
+                self.refused.update(named)
+                print(f"note: {self.name} does not take {', '.join(named)} and is asked without", file=sys.stderr)
+        usage, choice = found.get("usage") or {}, (found["choices"] or [{"message": {}}])[0]
+        text = self.redact(text_of(choice["message"].get("content")))
+        counts = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or len(text.split())
+        with self.lock:
+            self.requests, self.prompt_tokens, self.completion_tokens = self.requests + 1, self.prompt_tokens + counts[0], self.completion_tokens + counts[1]
+        return Answer(text, choice.get("finish_reason") == "stop", *counts)
+
+    def ask(self, messages: Sequence[Row], max_tokens: int, temperature: float = 0.0, seed: int | None = None, may_be_empty: bool = False) -> Answer:
+        """The model's answer. A busy, failing or absent server is asked again after each of WAITS, or when it says; raises NoAnswer in the end.
+
+        An empty answer is asked for EMPTY_TRIES times, with another seed each time. Once GIVE_UP requests in a row have failed (USELESS, if only their answers were of no use),
+        nothing is sent any more.
+        """
+        problem, empty, useless, waits = self.problem or "interrupted", 0, False, iter(WAITS)
+        while not self.gone.is_set():
+            asked_to_wait, final, useless = 0.0, False, False
+            try:
+                # 31 bits: servers differ in how large a seed they take.
+                answer = self.post(messages, {"max_tokens": max_tokens, "temperature": temperature} | ({} if seed is None else {"seed": seed_of(seed, empty) >> 32}))
+                if answer.text or may_be_empty:
+                    self.failed, self.waiting = 0, False
+                    return answer
+                empty, useless = empty + 1, True
+                problem, final = "an empty answer" + ("" if answer.whole else ", perhaps because a thought met the token limit: switch reasoning off on the server"), empty == EMPTY_TRIES
+            except urllib.error.HTTPError as error:
+                problem, final = f"HTTP {error.code} {error.msg[:300]}", error.code not in (408, 409, 429) and error.code < 500
+                useless = error.code in (400, 413, 422)       # of this request alone, such as a prompt that does not fit the window
+                asked_to_wait = retry_after(error.headers.get("Retry-After"))
+            except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, http.client.HTTPException) as error:
+                problem = self.redact(f"{type(error).__name__}: {first_line(error)}")
+            wait = None if final else next(waits, None)
+            if wait is None:
+                break
+            if not self.waiting and not useless:
+                self.waiting = True
+                print(f"note: {self.base}: {problem}; asking again for up to {sum(WAITS)} seconds", file=sys.stderr)
+            self.gone.wait(max(wait * random.uniform(1, 1.5), asked_to_wait))     # not all threads at the same moment
+        with self.lock:
+            self.problem, self.failed = problem, self.failed + 1
+            if self.failed >= (USELESS if useless else GIVE_UP):
+                self.gone.set()
+        raise NoAnswer(problem)
+
+    def each(self, function: Callable[[Any], Any], items: Iterable) -> list:
+        """function(item) of each item, `concurrency` at a time; None where it raised NoAnswer."""
+        def attempt(item: Any) -> Any:
+            try:
+                return function(item)
+            except NoAnswer:
+                return None
+
+        pool = ThreadPoolExecutor(self.concurrency)
         try:
-            with urllib.request.urlopen(urllib.request.Request(f"{base}/chat/completions", body, headers), timeout=120) as response:
-                choice = json.load(response)["choices"][0]
-            return choice["message"].get("content") or "", choice.get("finish_reason") == "stop"
-        except urllib.error.HTTPError as error:
-            problem = f"HTTP {error.code} {error.reason}"
-            if error.code != 429 and error.code < 500:
-                said = " ".join(error.read(300).decode("utf-8", "replace").split())
-                stop(f"{base} refused the request for model {name}: {problem} {said}; check OPENAI_BASE_URL, OPENAI_API_KEY and the name")
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, http.client.HTTPException) as error:
-            problem = f"{type(error).__name__}: {first_line(error)}"
-        if wait is not None:
-            time.sleep(wait)
-    stop(f"{base} failed {len(waits) + 1} times, last with {problem}; start the stage again to go on where it stopped")
+            return list(pool.map(attempt, items))
+        except BaseException:
+            self.gone.set()                                   # wakes the threads that wait, or Ctrl-C would take minutes
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def ask_all(self, requests: Iterable[Row]) -> list[Answer | None]:
+        """ask(**request) of each; None for a request without an answer."""
+        return self.each(lambda request: self.ask(**request), requests)
 
 
-def judge_remotely(name: str, context: str, action: str, guesses: Sequence[str], tries: int = 3) -> tuple[list[dict[str, float]] | None, int]:
+def retry_after(header: str | None) -> float:
+    """Seconds that a server's Retry-After (seconds, or a date) asks for, at most LONGEST_WAIT; 0 if it asks for nothing."""
+    try:
+        return min(max(float(header or 0), 0.0), LONGEST_WAIT)
+    except ValueError:
+        pass
+    try:
+        return min(max(email.utils.parsedate_to_datetime(header).timestamp() - time.time(), 0.0), LONGEST_WAIT)
+    except ValueError:
+        return 0.0
+
+
+def open_server(name: str, concurrency: int, temperature: float = 0.0) -> Server:
+    """The server of `openai:NAME`, asked one short question: a wrong address, key or name must cost neither old rows nor an hour of other work.
+
+    `temperature` is that of the questions to come: `transformers serve --continuous-batching` keeps the first one that it is told.
+    """
+    if process_count() > 1:
+        stop(f"{name} is asked by one process, --concurrency requests at a time; start the stage without accelerate launch")
+    server = Server(name, concurrency)
+    try:
+        server.ask([{"role": "user", "content": "Say hello."}], 16, temperature, 0, may_be_empty=True)
+    except NoAnswer as problem:
+        stop(f"{server.base} gives no answer for model {server.name}: {problem}; check OPENAI_BASE_URL, OPENAI_API_KEY and the name")
+    server.opening = False
+    return server
+
+
+def server_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of stages that can ask a server."""
+    group = parser.add_argument_group("models on a server (openai:NAME at OPENAI_BASE_URL, key in OPENAI_API_KEY)")
+    group.add_argument("--concurrency", type=positive_int, default=8, metavar="N", help="requests sent at once (default: %(default)s)")
+
+
+def load_writer(name: str, four_bit: bool | None, concurrency: int, temperature: float = 0.0) -> tuple[Any, Any]:
+    """load_model's (model, tokenizer), or (Server, None): for roles that write and are asked for no probability."""
+    return (open_server(name, concurrency, temperature), None) if name.startswith(REMOTE) else load_model(name, four_bit)
+
+
+def stop_unanswered(servers: Iterable[Server], missing: int, what: str) -> NoReturn:
+    """Stop because `missing` of something stay open: a server gave no answer. What was answered is on disk by then."""
+    why = "; ".join(f"{server.base}: {server.problem}" for server in servers if server.problem)
+    stop(f"{missing} {what} without an answer ({why}). What was answered is kept; start the stage again to ask for the rest")
+
+
+def judge_remotely(server: Server, context: str, action: str, guesses: Sequence[str], tries: int = 3) -> tuple[list[dict[str, float]] | None, int]:
     """(ratings as judge_locally's or None, calls made). An answer that is cut off or not exactly the JSON asked for is asked for again."""
-    fields = {"context": context, "action": action, "guesses": list_guesses(guesses)}
-    messages = [{"role": role, "content": FIELD.sub(lambda found: fields[found.group(1)], content)} for role, content in PROMPTS["judge"]]
+    messages = messages_of("judge", context=context, action=action, guesses=list_guesses(guesses))
     for call in range(1, tries + 1):
-        answer, whole = ask_server(name, messages, 100 + 60 * len(guesses))
-        if whole and (ratings := parse_ratings(answer, len(guesses))):
+        answer = server.ask(messages, 50 + 50 * len(guesses))
+        if answer.whole and (ratings := parse_ratings(answer.text, len(guesses))):
             return ratings, call
     return None, tries

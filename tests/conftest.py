@@ -1,6 +1,7 @@
 """A tiny random model with its own tokenizer, made on the spot, the stage files as modules, and a real browser."""
 
 import base64
+import http.server
 import importlib
 import json
 import os
@@ -9,6 +10,7 @@ import select
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,65 @@ def random_ids(numbers: random.Random, low: int, high: int) -> list[int]:
 def make_pair(name: str = "c/1", action: str = "that sounds like a lot of work to me", split: str = "train") -> dict:
     context = [{"speaker": "bo", "text": "my garden is full of weeds again"}, {"speaker": "ann", "text": "oh no"}, {"speaker": "bo", "text": "it took all day"}]
     return {"id": name, "user": "ann", "conversation": name.split("/")[0], "split": split, "context": context, "action": action}
+
+
+class Loopback:
+    """A real server on loopback that speaks the chat API. It gives `answers` in turn, then `reply(body)`.
+
+    An answer is a text, (text, finish_reason), an HTTP status, (status, headers, body) or a dict: the whole JSON.
+    """
+
+    def __init__(self):
+        self.answers, self.asked, self.reply, self.port = [], [], lambda body: "Sam is tired. Sam wants to go home.", 0
+        self.start()
+
+    def start(self) -> None:
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.asked.append((self.path, self.headers["Authorization"], body))
+                given = outer.answers.pop(0) if outer.answers else outer.reply(body)
+                status, headers, text = (given, {}, "no") if isinstance(given, int) else given if isinstance(given, tuple) and len(given) == 3 else (200, {}, given)
+                if text is given:
+                    text, finish = text if isinstance(text, tuple) else (text, "stop")
+                    usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
+                    text = json.dumps(text if isinstance(text, dict) else {"choices": [{"message": {"content": text}, "finish_reason": finish}], "usage": usage})
+                self.send_response(status)
+                for name, value in {**headers, "Content-Length": len(text.encode())}.items():
+                    self.send_header(name, str(value))
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *_):
+                pass
+
+        class Quiet(http.server.ThreadingHTTPServer):
+            def handle_error(self, *_):                      # a client that did not wait for the answer
+                pass
+
+        self.listening = Quiet(("127.0.0.1", self.port), Handler)
+        self.port = self.listening.server_port
+        threading.Thread(target=self.listening.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def stop(self) -> None:
+        """From here on connections are refused."""
+        self.listening.shutdown()
+        self.listening.server_close()
+
+
+@pytest.fixture()
+def loopback(monkeypatch):
+    """A Loopback that the stages are pointed to, with a key, and without waits."""
+    import common
+
+    server = Loopback()
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.port}/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key-1234")
+    monkeypatch.setattr(common, "WAITS", (0,) * 5)
+    yield server
+    server.stop()
 
 
 class Browser:

@@ -1,8 +1,6 @@
 """The judge: its calls are counted, its order is turned, and an answer that is not exactly right is missing, never a zero."""
 
-import http.server
 import json
-import threading
 
 import pytest
 import torch
@@ -15,34 +13,6 @@ RATING = {"style": 3, "intent": 4, "values": 5}
 
 def answer(count):
     return json.dumps({str(number): {**RATING, "style": number} for number in range(1, count + 1)})
-
-
-@pytest.fixture()
-def server(monkeypatch):
-    """A real server on loopback that gives the prepared answers in turn: a text, (text, finish_reason) or an HTTP status."""
-    answers, asked = [], []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            asked.append((self.path, self.headers["Authorization"], json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
-            given = answers.pop(0)
-            text, finish = given if isinstance(given, tuple) else (given, "stop")
-            data = json.dumps({"choices": [{"message": {"content": text}, "finish_reason": finish}]}).encode() if isinstance(text, str | None) else b"no"
-            self.send_response(given if isinstance(given, int) else 200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_):
-            pass
-
-    listening = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=listening.serve_forever, daemon=True).start()
-    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{listening.server_port}/v1")
-    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
-    monkeypatch.setattr(common.time, "sleep", lambda seconds: None)
-    yield answers, asked
-    listening.shutdown()
 
 
 def slow_expected_digit(model, tokenizer, prompt, asked):
@@ -143,41 +113,25 @@ def test_an_exact_answer_is_parsed_also_inside_a_code_fence():
         assert [row["style"] for row in common.parse_ratings(text, 3)] == [1, 2, 3]
 
 
-def test_a_bad_answer_is_asked_for_again(server):
-    answers, asked = server
-    answers += ["Sorry, no.", (answer(2), "length"), answer(2)]
-    ratings, calls = common.judge_remotely("some-model", "Alex: hi", "hello {guesses} you", ["a", "b"])
+def test_a_bad_answer_is_asked_for_again(loopback):
+    loopback.answers += ["Sorry, no.", (answer(2), "length"), answer(2)]
+    ratings, calls = common.judge_remotely(common.Server("openai:some-model", 1), "Alex: hi", "hello {guesses} you", ["a", "b"])
     assert calls == 3 and [row["style"] for row in ratings] == [1, 2]
-    path, key, body = asked[0]
-    assert path == "/v1/chat/completions" and key == "Bearer secret-key" and body["model"] == "some-model"
+    path, key, body = loopback.asked[0]
+    assert path == "/v1/chat/completions" and key == "Bearer secret-key-1234" and body["model"] == "some-model"
     assert "hello {guesses} you" in body["messages"][-1]["content"] and "Guess 2: b" in body["messages"][-1]["content"]
 
 
-def test_a_busy_server_is_asked_again_and_one_that_refuses_stops_the_stage(server, capsys):
-    answers, asked = server
-    answers += [429, 503, answer(1)]
-    assert common.judge_remotely("m", "", "x", ["a"])[1] == 1 and len(asked) == 3
-    answers += [401]
-    with pytest.raises(SystemExit):
-        common.judge_remotely("m", "", "x", ["a"])
-    answers += [500] * 6
-    with pytest.raises(SystemExit):
-        common.judge_remotely("m", "", "x", ["a"])
-    error = capsys.readouterr().err
-    assert "401" in error and "failed 6 times" in error and "secret-key" not in error
-
-
-def test_a_pair_without_a_valid_answer_keeps_its_other_scores_and_is_counted(server, tiny_folder, tmp_path, stage, capsys):
+def test_a_pair_without_a_valid_answer_keeps_its_other_scores_and_is_counted(loopback, tiny_folder, tmp_path, stage, capsys):
     """Through the stage itself: one pair is answered, one is refused three times, one is cut off three times."""
-    answers, asked = server
     pairs = [make_pair(f"c{number}/1", split=split) for number, split in enumerate(("train", "val", "test"))]
     made = [{"id": pair["id"], "candidates": [{"trace": f"Sam feels {k}.", "finished": True, "tokens": 3} for k in range(2)]} for pair in pairs]
     for name, rows in (("pairs.jsonl", pairs), ("candidates.jsonl", made)):
         (tmp_path / name).write_text("".join(map(common.dump_row, rows)))
     (tmp_path / "candidates.jsonl.made.json").write_text(json.dumps({"inputs": {"pairs.jsonl": common.file_hash(tmp_path / "pairs.jsonl")}}))
-    answers += [answer(2)] + ["I would rather not."] * 3 + [(answer(2), "length")] * 3 + [answer(2)] * 6
+    loopback.answers += ["Hello.", answer(2)] + ["I would rather not."] * 3 + [(answer(2), "length")] * 3 + [answer(2)] * 6
     stage("03_reconstruct_score").main(["--run", str(tmp_path), "--model", str(tiny_folder), "--no-4bit", "--scorers", "likelihood,embedding,judge",
-                                        "--judge", "openai:some-model", "--max-action-tokens", "6"])
+                                        "--judge", "openai:some-model", "--concurrency", "1", "--max-action-tokens", "6"])
     rows = common.read_rows(tmp_path / "scores.jsonl")
     missing = [row for row in rows if row["candidates"][0]["scores"]["judge"] is None]
     assert len(rows) == 3 and len(missing) == 2

@@ -115,13 +115,12 @@ def test_a_remote_answer_is_a_letter_or_nothing(evaluate, answer, choice):
     assert evaluate.parse_choice(answer) == choice
 
 
-def test_a_remote_judge_asks_again_for_a_letter_and_then_gives_up(evaluate, monkeypatch):
-    answers = iter(["well, B I think", "B", "?", "?", "?"])
-    told = []
-    monkeypatch.setattr(evaluate, "ask_server", lambda name, messages, tokens: (told.append((name, messages)), (next(answers), True))[1])
-    judge = evaluate.remote_judge("openai:big")
+def test_a_remote_judge_asks_again_for_a_letter_and_then_gives_up(evaluate, loopback):
+    loopback.answers += ["well, B I think", "B", "?", "?", "?"]
+    judge = evaluate.remote_judge(common.Server("openai:big", 1))
     assert judge.ask("Alex: hi {first}", "yes {second}", [("one", "two"), ("two", "one")]) == ["second", None] and judge.calls == 5
-    assert told[0][0] == "big" and "Message A:\none" in told[0][1][1]["content"] and "yes {second}" in told[0][1][1]["content"]
+    told = loopback.asked[0][2]
+    assert told["model"] == "big" and "Message A:\none" in told["messages"][1]["content"] and "yes {second}" in told["messages"][1]["content"]
 
 
 @pytest.mark.parametrize("name, family", [("Qwen/Qwen3-8B", "qwen"), ("openai:gpt-5-mini", "gpt"), ("embedded", "smollm"), ("HuggingFaceTB/SmolLM2-1.7B", "smollm"),
