@@ -25,17 +25,17 @@ stages=(01_prepare.py 02_sample_candidates.py 03_reconstruct_score.py 04_select_
 if [ "${1:-}" = --gpu ]; then
     # The judge is of another family than the models it judges. A batch that does not fit is halved by itself.
     size=${2:-8b} judge=microsoft/Phi-4-mini-instruct
-    [ "$size" = 8b ] && context=2048 at_once=8 || context=1024 at_once=4
+    [ "$size" = 8b ] && context=2048 trace=256 at_once=4 || context=1024 trace=192 at_once=2
     base="--run runs/gpu$([ "$size" = 8b ] || echo "-$size") --model Qwen/Qwen3-${size^^}"
     fit="--fit-lr 2e-4 --batch 8"
     grpo="--steps 100 --prompts 8 --group 8 --temperature 1 --lr 2e-5 --warmup 10 --std-norm --save-every 5"
     stages=("01_prepare.py $base --limit 600 --max-context-tokens $context --max-action-tokens 64"
-            "02_sample_candidates.py $base --max-trace-tokens 256 --batch $at_once"
+            "02_sample_candidates.py $base --max-trace-tokens $trace --batch $at_once"
             "03_reconstruct_score.py $base --scorers likelihood,embedding,judge --judge $judge --max-action-tokens 64 --batch $at_once"
             "04_select_sft.py $base $fit"
-            "05_rl_train.py $base $fit $grpo --max-new-tokens 256 --trace-batch $at_once"
-            "05_rl_train.py --objective e2e $base $fit $grpo --max-new-tokens 320"
-            "06_evaluate.py $base --judge $judge --round-robin --max-trace-tokens 256 --max-action-tokens 64 --batch $at_once")
+            "05_rl_train.py $base $fit $grpo --max-new-tokens $trace --trace-batch $at_once"
+            "05_rl_train.py --objective e2e $base $fit $grpo --max-new-tokens $((trace + 64))"
+            "06_evaluate.py $base --judge $judge --round-robin --max-trace-tokens $trace --max-action-tokens 64 --batch $at_once")
 fi
 for stage in "${stages[@]}"; do
     printf '\n--- %s\n' "$stage"

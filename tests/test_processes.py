@@ -190,3 +190,32 @@ def test_the_whole_loop_runs_in_4_bits_and_a_saved_adapter_gives_equal_outputs(t
         assert (bare(ids).logits - expected).abs().max() > 1e-3               # the adapter did something
         again = common.load_adapter(common.load_model(str(tiny_folder), True)[0], tmp_path / "adapter", "tiny")
         assert torch.equal(again(ids).logits, expected)
+
+
+@pytest.mark.parametrize("size", [(), ("4b",)])
+def test_every_stage_takes_what_the_gpu_presets_of_run_sh_tell_it(tmp_path, stage, monkeypatch, size):
+    """run.sh runs in a folder whose python writes down what it is told; then each stage reads that."""
+    for name in ("run.sh", "requirements.txt"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "installed.txt").write_text((ROOT / "requirements.txt").read_text())
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\necho "$@" >> told.txt\n')
+    python.chmod(0o755)
+    subprocess.run(["bash", str(tmp_path / "run.sh"), "--gpu", *size], check=True, capture_output=True)
+    told = (tmp_path / "told.txt").read_text().splitlines()
+    assert [line.split()[0] for line in told] == ["01_prepare.py", "02_sample_candidates.py", "03_reconstruct_score.py", "04_select_sft.py", "05_rl_train.py", "05_rl_train.py", "06_evaluate.py"]
+    assert len({line.partition("--run ")[2].split()[0] for line in told}) == 1
+
+    class Understood(Exception):
+        pass
+
+    def understood(*args):
+        raise Understood
+
+    for line in told:
+        script, *arguments = line.split()
+        module = stage(script.removesuffix(".py"))
+        monkeypatch.setattr(module, "begin_run", understood)
+        with pytest.raises(Understood):
+            module.main(arguments)
