@@ -47,8 +47,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from tqdm import tqdm
+
 from common import (CACHE, PERSON, Row, begin_run, check_record, cut_context, dump_row, encode_data, file_hash, first_line, fraction, load_tokenizer, made_with,
-                    package_folder, positive_int, progress, read_pairs, read_rows, stage_arguments, stop, write_output, write_text)
+                    package_folder, positive_int, progress, read_pairs, read_rows, run_stage, stage_arguments, stop, write_output, write_text)
 
 # What a reader yields: (id, time that sorts or None, turns). A turn is (speaker, text), or in a thread (speaker, text,
 # the place of the turn that it answers, which stands before it, or None).
@@ -180,8 +182,7 @@ def fetch(address: str, part: Path, mark: Path) -> None:
             whole = have + int(answer.headers["Content-Length"]) if answer.headers["Content-Length"] else None
             version = answer.headers["ETag"] or answer.headers["Last-Modified"] or ""
             mark.write_text("" if version.startswith("W/") else version)
-            with part.open("ab" if have else "wb") as file, progress([], f"downloading {part.stem}", total=whole) as bar:
-                bar.unit, bar.unit_scale = "B", True
+            with part.open("ab" if have else "wb") as file, tqdm(desc=f"downloading {part.stem}", total=whole, unit="B", unit_scale=True, dynamic_ncols=True, disable=None) as bar:
                 bar.update(have)
                 while block := answer.read(1 << 18):
                     file.write(block)
@@ -727,4 +728,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from common import (MIN_P, PAIR_KEYS, Row, append_rows, batches_by_length, begin_output, begin_run, closing_line, finished_rows, fraction,
-                    generate, load_model, made_with, positive_int, progress, read_pairs, seed_of, stage_arguments, synthesis_prompt, trace_of)
+                    generate, load_model, made_with, positive_int, progress, read_pairs, run_stage, seed_of, stage_arguments, synthesis_prompt, trace_of)
 
 
 def sample_traces(model: Any, tokenizer: Any, pairs: Sequence[Row], n: int, max_tokens: int, temperature: float,
@@ -76,4 +76,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

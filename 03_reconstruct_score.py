@@ -46,7 +46,7 @@ from typing import Any
 from common import (ASPECTS, Group, Row, append_rows, batches_by_length, begin_output, begin_run, bootstrap_interval, check_made_from,
                     clean_action, closing_line, cut_context, decode, digit_tokens, discard, embed, encode_data, encode_prompt, finished_rows, generate, guard_traces,
                     judge_locally, judge_remotely, likelihood_scores, load_encoder, load_model, made_with, positive_int, progress, read_candidates,
-                    other_pairs, read_pairs, reconstruction_prompt, seed_of, show_context, show_rate, show_scene, stage_arguments, stop, write_text)
+                    other_pairs, read_pairs, reconstruction_prompt, run_stage, seed_of, show_context, show_rate, show_scene, stage_arguments, stop, write_text)
 
 SCORERS = ("likelihood", "embedding", "judge")
 Judge = Callable[[str, str, Sequence[str]], tuple[list[dict[str, float]] | None, int]]  # (context, action, guesses) -> (ratings, calls)
@@ -357,4 +357,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -23,17 +23,19 @@ of a pair's candidates were; then it is the one that gives least away.
 import argparse
 import math
 import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common import (Group, Row, add_adapter, begin_run, check_made_from, check_record, clip_gradients, closing_line, discard, dump_row, given_away, load_model, made_with,
-                    other_pairs, packed_logprobs, positive_float, positive_int, progress, read_candidates, read_pairs, save_adapter, seed_of,
-                    stage_arguments, stop, user_completion, user_prompt, write_output)
+from common import (Group, Row, add_adapter, begin_run, check_made_from, check_record, clip_gradients, closing_line, discard, dump_row, first_difference, given_away, load_model, load_optimizer,
+                    made_with, other_pairs, packed_logprobs, positive_float, positive_int, progress, read_candidates, read_pairs, record_of, run_stage, save_adapter,
+                    save_checkpoint, seed_of, settle_folder, stage_arguments, stop, user_completion, user_prompt, write_output)
 
 ARMS = ("none", "backward", "recon", "shuffled", "longest", "worst")
+SAVE_SECONDS = 120                                         # between checkpoints of a fit: what a kill can cost
 
 
 def choose_trace(arm: str, row: Row, score: str) -> Row:
@@ -96,18 +98,26 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
 def fit_user_model(base: Any, examples: Sequence[Group], args: argparse.Namespace, folder: Path, record: Row) -> tuple[list[float], int]:
     """Fit a LoRA adapter on the examples and save it under `folder`; returns each step's loss and the tokens read.
 
-    Every example goes through the model alone: without padding two cores are as fast as they can be.
+    Every example goes through the model alone: without padding two cores are as fast as they can be. Goes on from the
+    checkpoint in folder.part that an interrupted fit left there, if it was made with the same `record`.
     """
-    model = add_adapter(base, args.rank, args.seed)
+    work = folder.with_name(folder.name + ".part")
+    checkpoint = work / "last"
+    settle_folder(checkpoint)
+    if args.overwrite or (checkpoint.is_dir() and first_difference(record_of(checkpoint), record)):
+        discard(work)
+    resumed = checkpoint.is_dir()
+    model = add_adapter(base, args.rank, args.seed, checkpoint if resumed else None)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.fit_lr, weight_decay=0.0)
     order = [place for epoch in range(args.epochs)
              for place in random.Random(seed_of(args.seed, "04", epoch)).sample(range(len(examples)), len(examples))]
     batches = [order[start:start + args.batch] for start in range(0, len(order), args.batch)]
     warmup = max(1, len(batches) // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warmup, (len(batches) - step) / (len(batches) - warmup + 1)))
-    losses, tokens = [], 0
-    for batch in progress(batches, f"fitting {folder.name}"):
+    losses, tokens = load_optimizer(checkpoint, optimizer) if resumed else [], 0
+    save = lambda: save_checkpoint(checkpoint, model, optimizer, losses, record)
+    saved = time.monotonic()
+    for step, batch in progress(list(enumerate(batches))[len(losses):], f"fitting {folder.name}", save=save):
         total = sum(len(examples[place][1][0]) for place in batch)
         loss = 0.0
         for place in batch:
@@ -117,11 +127,16 @@ def fit_user_model(base: Any, examples: Sequence[Group], args: argparse.Namespac
             tokens += len(examples[place][0]) + len(examples[place][1][0])
         if not math.isfinite(clip_gradients(weights)):
             stop(f"the gradient of {folder.name} is not finite; lower --fit-lr and start again (finished arms are kept)")
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = args.fit_lr * min((step + 1) / warmup, (len(batches) - step) / (len(batches) - warmup + 1))
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
         losses.append(loss)
+        if time.monotonic() - saved > SAVE_SECONDS:
+            save()
+            saved = time.monotonic()
     save_adapter(model, folder, record)
+    discard(work)
     model.unload()
     return losses, tokens
 
@@ -178,4 +193,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -48,12 +48,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from common import (END_THINK, MIN_P, Completion, Group, Row, add_adapter, append_rows, batches_by_length, begin_output, begin_run, check_adapter,
                     check_made_from, check_record, clean_action, clip_gradients, closing_line, decode, discard, dump_row, embed, finished_rows, first_difference, fraction,
-                    generate, given_away, guard_traces, is_trace, leak_share, likelihood_scores, load_encoder, load_model, made_with, other_pairs, packed_logits,
-                    positive_float, positive_int, progress, read_pairs, read_prefix, read_rows, record_of, replace_folder, save_adapter, seed_of, show_context,
+                    generate, given_away, guard_traces, is_trace, leak_share, likelihood_scores, load_encoder, load_model, load_optimizer, made_with, other_pairs, packed_logits,
+                    positive_float, positive_int, progress, read_pairs, read_prefix, read_rows, record_of, run_stage, save_adapter, save_checkpoint, seed_of, show_context,
                     stage_arguments, stop, synthesis_prompt, trace_of, user_prompt, write_text)
 
 sample_candidates = importlib.import_module("02_sample_candidates")
@@ -265,26 +264,6 @@ def average(rows: Sequence[Row], key: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def save_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer, step: int, record: Row) -> None:
-    """Adapter, optimizer state and step number. The noise needs no saving: its seeds are made of the step and the place in it."""
-    state = {f"{place}.{key}": value for place, entry in optimizer.state_dict()["state"].items() for key, value in entry.items()}
-    temporary = folder.with_name(folder.name + ".new")
-    save_adapter(model, temporary, record)
-    save_file(state, temporary / "optimizer.safetensors")
-    write_text(temporary / "step.json", json.dumps(step))
-    replace_folder(temporary, folder)
-
-
-def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> int:
-    """Put a checkpoint's optimizer state back; returns the number of steps done."""
-    state: dict[int, Row] = {}
-    for name, value in load_file(folder / "optimizer.safetensors").items():
-        place, key = name.split(".")
-        state.setdefault(int(place), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return json.loads((folder / "step.json").read_text())
-
-
 def validate(model: Any, tokenizer: Any, encoder: Any, prompt_of: Callable, rate: Callable, pairs: Sequence[Row], args: argparse.Namespace) -> Row:
     """The same measurements on fixed held-out pairs, of greedy completions (val_…) and of sampled ones (val_sampled_…).
 
@@ -359,7 +338,7 @@ def train(base: Any, tokenizer: Any, encoder: Any, pairs: Sequence[Row], held_ou
         order += random.Random(seed_of(args.seed, "05", len(order))).sample(list(pairs), len(pairs))
 
     sampled = 0
-    for step in progress(range(first, args.steps), f"GRPO ({args.objective})"):
+    for step in progress(range(first, args.steps), f"GRPO ({args.objective})", save=lambda: save_checkpoint(checkpoint, model, optimizer, step + 1, so_far)):
         row: Row = {"objective": args.objective, "step": step}
         if step % args.val_every == 0:
             row |= validate(model, tokenizer, encoder, prompt_of, rate, held_out, args)
@@ -555,4 +534,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -52,7 +52,7 @@ from common import (END_THINK, FEWEST, FIELD, MIN_P, PROMPTS, Row, append_rows, 
                     check_adapter, check_made_from, clean_action, close_trace, closing_line, cut_torn_line, decode, discard, dump_row, embed, encode_data,
                     encode_prompt, file_hash, finished_rows, fraction, generate, load_adapter, load_encoder, load_model, made_with, packed_logits,
                     packed_logprobs, positive_float, positive_int, progress, quantiles, read_candidates, read_pairs, read_rows, record_of,
-                    seed_of, show_context, show_rate, show_scene, stage_arguments, stop, user_prompt, words_of, write_output, write_text)
+                    run_stage, seed_of, show_context, show_rate, show_scene, stage_arguments, stop, user_prompt, words_of, write_output, write_text)
 
 reconstruct_score = importlib.import_module("03_reconstruct_score")
 select_sft = importlib.import_module("04_select_sft")
@@ -1169,4 +1169,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

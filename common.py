@@ -12,6 +12,8 @@ To fork for a new domain, start with the prompts section.
 """
 
 import argparse
+import errno
+import fcntl
 import hashlib
 import http.client
 import importlib.metadata
@@ -20,16 +22,18 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
+import signal
 import sys
 import time
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)            # says on every CPU that a kernel could be faster
@@ -38,6 +42,7 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")     # peft asks
 import torch
 import transformers
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
@@ -103,14 +108,85 @@ def stage_arguments(doc: str, default_limit: int | None = None) -> argparse.Argu
 
 
 def begin_run(run: Path) -> float:
-    """Make the run folder, or stop before any work if it cannot be written; returns the time of the start."""
+    """Make the run folder and lock it, or stop before any work if it cannot be written; returns the time of the start."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         (run / ".writable").touch()
         (run / ".writable").unlink()
+        lock_run(run)
     except OSError as problem:
         stop(f"cannot write to --run {run}: {problem.strerror}; choose another folder")
     return time.monotonic()
+
+
+LOCKS: dict[Path, BinaryIO] = {}                           # open for as long as the process lives: closing one would give the lock up
+
+
+def lock_run(run: Path) -> None:
+    """Keep other processes from writing the run folder for as long as this one lives; stops if another one does already.
+
+    The lock is the kernel's, so it ends with its process however that ends, and the file is never removed: a process that waits
+    for a removed file's lock would get it beside one that locks the new file.
+    """
+    path = (run / ".lock").resolve()
+    if path in LOCKS:
+        return
+    file = path.open("a+b")                                 # not "w": what the holder wrote must stay readable
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = " ".join(file.read().decode("utf-8", "replace").split()) or "another process"
+        stop(f"{run} is in use by {holder}; wait until it has ended, or choose another --run folder")
+    except OSError as problem:                              # some network drives
+        print(f"{run} cannot be locked ({problem.strerror}): start no second stage on it before this one has ended", file=sys.stderr)
+        return
+    file.truncate(0)
+    file.write(f"process {os.getpid()}: {shlex.join(sys.argv)}\n".encode("utf-8", "replace"))
+    file.flush()
+    LOCKS[path] = file
+
+
+# Signals. In a loop over batches the first one waits for the batch at hand; elsewhere nothing is at stake, because what is
+# written is written whole or cut at the next start.
+LOOPS: list[str] = []                                      # what `progress` is going through, the innermost last
+ASKED: list[int] = []                                      # the signal that asked to end, if one did
+
+
+def leave(number: int) -> NoReturn:
+    """End on signal `number` with what a shell reports for it: 130 after SIGINT, 143 after SIGTERM."""
+    again = "start the same command again, without --overwrite," if "--overwrite" in sys.argv else "start the same command again"
+    print(f"stopped by {signal.Signals(number).name}: what is finished is saved; {again} to go on", file=sys.stderr)
+    raise SystemExit(128 + number)
+
+
+def on_signal(number: int, _: object) -> None:
+    for each in (signal.SIGINT, signal.SIGTERM):            # the second one, of either kind, ends the process at once
+        signal.signal(each, signal.SIG_DFL)
+    if not LOOPS:
+        leave(number)
+    ASKED.append(number)
+    print(f"\n{signal.Signals(number).name}: ending after the work at hand ({LOOPS[-1]}); once more to end at once", file=sys.stderr)
+
+
+# What a disk or a person can do to a run at any time. Any other OSError is a fault of the program and keeps its traceback.
+WRITE_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def run_stage(main: Callable[[], None]) -> None:
+    """Run a stage as a program: signals end it tidily, and a write that fails ends it with a message and exit code 2."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    try:
+        main()
+    except (OSError, SafetensorError) as problem:
+        code = getattr(problem, "errno", None)
+        if isinstance(problem, SafetensorError) and (found := re.search(r"code: (\d+)", str(problem))):
+            code = int(found.group(1))                      # its writer hands the system's error on as a text
+        if code not in WRITE_FAILURES:
+            raise
+        where = getattr(problem, "filename", None) or "a file of the run"
+        stop(f"{where}: {os.strerror(code)}; make room, or give the right to read and write, and start the same command again: finished rows are kept")
 
 
 def seed_of(*parts: object) -> int:
@@ -186,7 +262,18 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
+    sync(temporary)                                         # before the rename: some file systems put the name on disk before the text
     temporary.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's contents, or a folder's names, are on the disk and would outlast a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def file_hash(path: Path) -> str:
@@ -253,20 +340,23 @@ def check_made_from(output: Path, source: Path, stage: str) -> None:
 
 
 def discard(output: Path) -> None:
-    """Remove an output and its record, so that an interrupted --overwrite never passes old work off as new."""
+    """Remove an output and its record, so that an interrupted --overwrite never passes old work off as new.
+
+    A folder is renamed first, so that it is never there in part; a file goes before its record, so that none is there without one.
+    """
+    for leftover in (output.with_name(output.name + ending) for ending in (".old", ".tmp")):
+        shutil.rmtree(leftover, ignore_errors=True)
     if output.is_dir():
-        shutil.rmtree(output)
-    output.with_name(output.name + ".made.json").unlink(missing_ok=True)
+        shutil.rmtree(output.replace(output.with_name(output.name + ".tmp")))
     output.unlink(missing_ok=True)
+    output.with_name(output.name + ".made.json").unlink(missing_ok=True)
 
 
 def check_record(output: Path, record: Row, overwrite: bool) -> bool:
     """True if `output` was made with exactly `record`; False if there is no output. Another record stops."""
     if overwrite:
         return False
-    old = output.with_name(output.name + ".old")
-    if not output.exists() and old.is_dir():                  # stopped between replace_folder's two renames
-        old.replace(output)
+    settle_folder(output)
     if not output.exists():
         return False
     if difference := first_difference(record_of(output), record):
@@ -306,6 +396,14 @@ def finished_rows(path: Path, record: Row, overwrite: bool, keys: Sequence[str],
     return rows
 
 
+def settle_folder(folder: Path) -> None:
+    """Put back, or clear away, the old folder of a replace_folder that was cut off."""
+    old = folder.with_name(folder.name + ".old")
+    if old.is_dir() and not folder.exists():
+        old.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def begin_output(path: Path, record: Row, overwrite: bool) -> None:
     """Make a JSONL output ready for appending. Called after the models are loaded: a wrong name must not cost old rows."""
     if overwrite or not path.exists():
@@ -313,19 +411,26 @@ def begin_output(path: Path, record: Row, overwrite: bool) -> None:
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Append rows and hand them to the operating system before returning, so a crash loses no finished row."""
+    """Append rows and wait until they are on the disk, so that neither a crash nor a power cut loses a finished row.
+
+    A batch's rows go in one call: a batch takes seconds, the disk milliseconds.
+    """
     with path.open("a", encoding="utf-8") as file:
         file.writelines(map(dump_row, rows))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Put a finished folder in the place of an old one; at every moment one of the two is whole on disk."""
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
+    """Put a finished folder in the place of an old one; at every moment one of the two is whole on disk (see settle_folder)."""
+    for path in (*new.rglob("*"), new):
+        sync(path)
+    settle_folder(folder)
     if folder.exists():
-        folder.replace(old)
+        folder.replace(folder.with_name(folder.name + ".old"))
     new.replace(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    sync(folder.parent)
+    settle_folder(folder)
 
 
 def save_adapter(model: Any, folder: Path, record: Row) -> None:
@@ -335,6 +440,26 @@ def save_adapter(model: Any, folder: Path, record: Row) -> None:
     model.save_pretrained(temporary, save_embedding_layers=False, selected_adapters=["default"])
     write_text(temporary / "made.json", json.dumps(record, indent=1))
     replace_folder(temporary, folder)
+
+
+def save_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer, done: object, record: Row) -> None:
+    """Adapter, optimizer state and `done`, what a JSON file can say of the steps done. The noise needs no saving: its seeds are made of the step and the place in it."""
+    state = {f"{place}.{key}": value for place, entry in optimizer.state_dict()["state"].items() for key, value in entry.items()}
+    temporary = folder.with_name(folder.name + ".new")
+    save_adapter(model, temporary, record)
+    save_file(state, temporary / "optimizer.safetensors")
+    write_text(temporary / "step.json", json.dumps(done))
+    replace_folder(temporary, folder)
+
+
+def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> Any:
+    """Put a checkpoint's optimizer state back; returns its `done`."""
+    state: dict[int, Row] = {}
+    for name, value in load_file(folder / "optimizer.safetensors").items():
+        place, key = name.split(".")
+        state.setdefault(int(place), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return json.loads((folder / "step.json").read_text(encoding="utf-8"))
 
 
 def clip_gradients(weights: Sequence[torch.Tensor], largest: float = 1.0) -> float:
@@ -355,12 +480,24 @@ def batches_by_length(items: Sequence, length: Any, size: int) -> list[list]:
 def closing_line(run: Path, stage: str, rows_in: int, rows_out: int, skipped: int, started: float, tokens: int) -> None:
     """The line with which each stage ends, also appended to costs.jsonl. `started` is a time.monotonic(); `tokens` counts what the model read or wrote."""
     seconds = time.monotonic() - started
+    if (run / "costs.jsonl").is_file():
+        cut_torn_line(run / "costs.jsonl")
     append_rows(run / "costs.jsonl", [{"stage": stage, "rows": rows_out - skipped, "seconds": round(seconds, 1), "tokens": tokens}])
     print(f"{stage}: {rows_in} rows in, {rows_out} out, {skipped} skipped, {seconds:.0f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s")
 
 
-def progress(items: Iterable, what: str, total: int | None = None) -> Iterator:
-    return tqdm(items, desc=what, total=total, dynamic_ncols=True, disable=None)
+def progress(items: Iterable, what: str, total: int | None = None, save: Callable[[], None] | None = None) -> Iterator:
+    """Go through `items` with a bar. A signal to end lets the item at hand be finished, then calls `save` and ends the program."""
+    LOOPS.append(what)
+    try:
+        for item in tqdm(items, desc=what, total=total, dynamic_ncols=True, disable=None):
+            yield item
+            if ASKED:
+                if save:
+                    save()
+                leave(ASKED[0])
+    finally:
+        LOOPS.remove(what)
 
 
 # ------------------------------------------------------------------------------------------------
