@@ -50,7 +50,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from common import (CACHE, PERSON, Row, begin_run, check_record, cut_context, dump_row, encode_data, file_hash, first_line, fraction, load_tokenizer, made_with,
-                    package_folder, positive_int, progress, read_pairs, read_rows, run_stage, stage_arguments, stop, write_output, write_text)
+                    package_folder, parse_line, positive_int, progress, read_pairs, read_rows, run_stage, stage_arguments, stop, write_output, write_text)
 
 # What a reader yields: (id, time that sorts or None, turns). A turn is (speaker, text), or in a thread (speaker, text,
 # the place of the turn that it answers, which stands before it, or None).
@@ -82,7 +82,7 @@ def read_turns(path: str) -> Iterator[Conversation]:
             stop(f"{path}, line {number}: 'speaker' must not be empty")
         name, at = row["conversation"], row.get("time")
         # A number is padded so that it sorts like a date string does.
-        at = f"{at:020.6f}" if isinstance(at, int | float) else at
+        at = f"{at:020.6f}" if isinstance(at, int | float) and abs(at) < 1e15 else at
         if not isinstance(at, str | None):
             stop(f"{path}, line {number}: 'time' must be a number or an ISO date string, found {type(at).__name__}")
         times.setdefault(name, at)
@@ -290,15 +290,11 @@ def load_corpus(path: Path) -> tuple[Corpus, dict[str, list]]:
         for number, line in enumerate(progress(lines, "reading utterances"), start=1):
             if not line.strip():
                 continue
+            row = parse_line(name, number, line)
             try:
-                row = json.loads(line.decode("utf-8"))
                 key, who = row["id"], row["speaker"] if "speaker" in row else row["user"]
                 thread = row["conversation_id"] if "conversation_id" in row else row["root"]
                 answers, text, at = row["reply_to"] if "reply_to" in row else row.get("reply-to"), row["text"], row.get("timestamp")
-            except UnicodeDecodeError as problem:
-                stop(f"{name}, line {number}: not UTF-8 text ({problem.reason}); convert the file")
-            except (ValueError, RecursionError) as problem:
-                stop(f"{name}, line {number}: not a whole JSON object ({problem})")
             except (KeyError, TypeError) as problem:
                 stop(f"{name}, line {number}: not an utterance of ConvoKit's format, which has id, speaker, conversation_id, reply_to, text ({type(problem).__name__}: {problem})")
             if not all(isinstance(value, str) for value in (key, who, thread)) or not isinstance(text, str | None) or not isinstance(answers, str | None):
@@ -315,7 +311,7 @@ def load_corpus(path: Path) -> tuple[Corpus, dict[str, list]]:
             corpus.parent.append(found)
             try:
                 corpus.time.append(float(at))
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 corpus.time.append(0.0)
             if answers is not None and found < 0:
                 waiting.append((rows[key], answers, number))

@@ -50,7 +50,7 @@ import torch
 
 from common import (END_THINK, FEWEST, FIELD, MIN_P, PROMPTS, Row, append_rows, ask_server, batches_by_length, begin_output, begin_run, bootstrap_interval,
                     check_adapter, check_made_from, clean_action, close_trace, closing_line, cut_torn_line, decode, discard, dump_row, embed, encode_data,
-                    encode_prompt, file_hash, finished_rows, fraction, generate, load_adapter, load_encoder, load_model, made_with, packed_logits,
+                    encode_prompt, file_hash, finished_rows, fraction, generate, load_adapter, load_encoder, load_model, made_with, one_line, packed_logits,
                     packed_logprobs, positive_float, positive_int, progress, quantiles, read_candidates, read_pairs, read_rows, record_of,
                     run_stage, seed_of, show_context, show_rate, show_scene, stage_arguments, stop, user_prompt, words_of, write_output, write_text)
 
@@ -250,7 +250,7 @@ def local_judge(name: str, model: Any, tokenizer: Any) -> Judge:
 
     @torch.inference_mode()
     def ask(context: str, action: str, questions: Sequence[tuple[str, str]]) -> list[str | None]:
-        prompts = [sum(encode_prompt(tokenizer, "comparison", context=context, action=action, first=first, second=second), []) for first, second in questions]
+        prompts = [sum(encode_prompt(tokenizer, "comparison", context=context, action=one_line(action), first=one_line(first), second=one_line(second)), []) for first, second in questions]
         shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
         suffixes = [ids[shared:] for ids in prompts]
         logits, rows = packed_logits(model, prompts[0][:shared], [[*ids, letters[0][0]] for ids in suffixes], list(map(len, suffixes)))
@@ -273,7 +273,7 @@ def remote_judge(name: str, tries: int = 3) -> Judge:
     def ask(context: str, action: str, questions: Sequence[tuple[str, str]]) -> list[str | None]:
         answers: list[str | None] = []
         for first, second in questions:
-            fields = {"context": context, "action": action, "first": first, "second": second}
+            fields = {"context": context, "action": one_line(action), "first": one_line(first), "second": one_line(second)}
             messages = [{"role": role, "content": FIELD.sub(lambda found: fields[found.group(1)], content)} for role, content in PROMPTS["comparison"]]
             answers.append(None)
             for _ in range(tries):
@@ -557,7 +557,7 @@ def read_labels(path: Path, key: dict[tuple[str, int], Row]) -> tuple[str, list[
             raise ValueError("a choice must be A, B or tie")
     except OSError as problem:
         stop(f"cannot read --human-labels {path}: {problem.strerror}")
-    except (ValueError, LookupError, TypeError) as problem:
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as problem:
         stop(f"--human-labels {path} is not a file that human.html downloads ({type(problem).__name__}: {problem})")
     if lost := next((place for place, _ in labels if place not in key), None):
         stop(f"--human-labels {path}: item {lost[1]} of sheet {lost[0]} is not in human.key.jsonl; use the run folder whose sheet was judged")
