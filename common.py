@@ -183,7 +183,7 @@ def run_stage(main: Callable[[], None]) -> None:
         main()
     except (OSError, SafetensorError) as problem:
         code = getattr(problem, "errno", None)
-        if isinstance(problem, SafetensorError) and (found := re.search(r"code: (\d+)", str(problem))):
+        if isinstance(problem, SafetensorError) and (found := re.search(r"os error (\d+)", str(problem))):
             code = int(found.group(1))                      # its writer hands the system's error on as a text
         if code not in WRITE_FAILURES:
             raise
@@ -197,7 +197,7 @@ def seed_of(*parts: object) -> int:
 
 
 NUMBER = int | float
-TYPES: dict[str, Any] = {"id": str, "candidates": list, "baseline": dict, "control": dict, "trace": str | None, "tokens": int, "leak": NUMBER, "reworded": NUMBER, "stopped": bool,
+TYPES: dict[str, Any] = {"id": str, "candidates": list, "trace": str | None, "tokens": int, "leak": NUMBER, "reworded": NUMBER, "stopped": bool,
                          "scores": dict, "score": NUMBER | None, "finished": bool, "action": str, "action_logprob": NUMBER, "reconstruction": str, "setting": str, "cut": int,
                          "question": str, "answer": str, "objective": str, "step": int, "sheet": str, "item": int, "a": str, "b": str, "first": str, "shown": str}
 
@@ -282,6 +282,8 @@ def read_candidates(path: Path, made_by: str, keys: Sequence[str], more: Sequenc
         some = row["candidates"]
         if not some:
             stop(f"{path}, line {number}: 'candidates' must be a list that is not empty")
+        if wrong := next((key for key in more if not isinstance(row[key], dict)), None):
+            stop(f"{path}, line {number}: {wrong!r} must be an object, found {type(row[wrong]).__name__}")
         if not all(isinstance(candidate, dict) and isinstance(candidate.get("trace"), str) and all(key in candidate for key in keys) for candidate in some):
             stop(f"{path}, line {number}: every candidate needs {', '.join(keys)}")
         if wrong := next(filter(None, (wrong_type(candidate, keys) for candidate in some)), None):

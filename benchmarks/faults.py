@@ -37,9 +37,9 @@ STAGES = {
     "02": ["02_sample_candidates.py", "--n", "2", "--max-trace-tokens", "24", "--batch", "3"],
     "03": ["03_reconstruct_score.py", "--max-action-tokens", "12", "--batch", "3", "--scorers", "likelihood,embedding,judge", "--keep-token-logprobs"],
     "04": ["04_select_sft.py", *FIT],
-    "05": ["05_rl_train.py", "--steps", "8", "--max-new-tokens", "12", "--val-every", "4", "--retries", "2", "--trace-batch", "3", *FIT],
-    "05 e2e": ["05_rl_train.py", "--objective", "e2e", "--steps", "8", "--max-new-tokens", "12", "--val-every", "4", *FIT],
-    "06": ["06_evaluate.py", "--max-trace-tokens", "12", "--max-action-tokens", "12", "--batch", "3", "--judge", "MODEL"],
+    "05": ["05_rl_train.py", "--steps", "6", "--max-new-tokens", "12", "--val-every", "4", "--retries", "2", "--trace-batch", "3", *FIT],
+    "05 e2e": ["05_rl_train.py", "--objective", "e2e", "--steps", "4", "--max-new-tokens", "12", "--val-every", "4", *FIT],
+    "06": ["06_evaluate.py", "--max-trace-tokens", "12", "--max-action-tokens", "12", "--batch", "3", "--traces", "1", "--judge", "MODEL"],
 }
 
 
@@ -116,7 +116,7 @@ def main() -> None:
     model = ["--model", str(make_tiny(work / "model"))]
     turns = work / "turns.jsonl"
     turns.write_text("".join(json.dumps({"conversation": f"c{c}", "speaker": ("bo", "ann")[t % 2], "text": f"words of turn {t} in chat number {c}"}) + "\n" for c in range(16) for t in range(6)))
-    run("01_prepare.py", ["--run", str(before), *model, "--source", f"turns:{turns}", "--user", "ann", "--max-action-tokens", "200", "--max-context-tokens", "900", "--limit", "24"], log)
+    run("01_prepare.py", ["--run", str(before), *model, "--source", f"turns:{turns}", "--user", "ann", "--max-action-tokens", "200", "--max-context-tokens", "900", "--limit", "16"], log)
     report = {}
     for stage, (script, *settings) in STAGES.items():
         settings = [*model, *(model[1] if each == "MODEL" else each for each in settings)]
