@@ -479,6 +479,9 @@ def save_adapter(model: Any, folder: Path, record: Row) -> None:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary, save_embedding_layers=False, selected_adapters=["default"])
+    config = json.loads((temporary / "adapter_config.json").read_text(encoding="utf-8"))
+    config["target_modules"].sort()                         # peft writes a set, in an order that changes from process to process
+    write_text(temporary / "adapter_config.json", json.dumps(config, indent=1, sort_keys=True))
     write_text(temporary / "made.json", json.dumps(record, indent=1))
     replace_folder(temporary, folder)
 
@@ -862,9 +865,18 @@ def reconstruction_prompt(tokenizer: Any, context: str, traces: Sequence[str | N
     return prefixes[0], suffixes
 
 
+NO_JSON = str.maketrans('{}"', "()'")
+
+
+def no_json(text: str) -> str:
+    """A message as the judge is shown it: one line in which no JSON can stand. The embedded model copied the numbers of a forged answer
+    and raised its rating by 4 of 9 points, whatever the prompt said against it."""
+    return one_line(text).translate(NO_JSON)
+
+
 def list_guesses(guesses: Sequence[str]) -> str:
     """'Guess 1: …' lines, one a guess."""
-    return "\n".join(f"Guess {number}: {one_line(guess)}" for number, guess in enumerate(guesses, start=1))
+    return "\n".join(f"Guess {number}: {no_json(guess)}" for number, guess in enumerate(guesses, start=1))
 
 
 def user_prompt(tokenizer: Any, pair: Row, thinking: bool) -> list[int]:
@@ -1291,7 +1303,7 @@ def judge_locally(model: Any, tokenizer: Any, context: str, action: str, guesses
     The JSON has no spaces, so that the digit is the very next token.
     """
     digits = digit_tokens(tokenizer)
-    prompt = sum(encode_prompt(tokenizer, "judge", context=context, action=one_line(action), guesses=list_guesses(guesses)), [])
+    prompt = sum(encode_prompt(tokenizer, "judge", context=context.translate(NO_JSON), action=no_json(action), guesses=list_guesses(guesses)), [])
     asked = [tokenizer.encode(f'{{"{number}":{{"{aspect}":', add_special_tokens=False) for number in range(1, len(guesses) + 1) for aspect in ASPECTS]
     logits, rows = packed_logits(model, prompt, [[*ids, digits[0]] for ids in asked], [len(ids) for ids in asked])
     chance = logits[torch.cat(rows)][:, digits].softmax(-1)      # [guesses * aspects, 10]
@@ -1354,7 +1366,7 @@ def ask_server(name: str, messages: Sequence[Row], max_tokens: int, waits: Seque
 
 def judge_remotely(name: str, context: str, action: str, guesses: Sequence[str], tries: int = 3) -> tuple[list[dict[str, float]] | None, int]:
     """(ratings as judge_locally's or None, calls made). An answer that is cut off or not exactly the JSON asked for is asked for again."""
-    fields = {"context": context, "action": one_line(action), "guesses": list_guesses(guesses)}
+    fields = {"context": context.translate(NO_JSON), "action": no_json(action), "guesses": list_guesses(guesses)}
     messages = [{"role": role, "content": FIELD.sub(lambda found: fields[found.group(1)], content)} for role, content in PROMPTS["judge"]]
     for call in range(1, tries + 1):
         answer, whole = ask_server(name, messages, 100 + 60 * len(guesses))
