@@ -47,8 +47,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from tqdm import tqdm
+
 from common import (CACHE, PERSON, Row, begin_run, check_record, cut_context, dump_row, encode_data, file_hash, first_line, fraction, load_tokenizer, made_with,
-                    package_folder, positive_int, progress, read_pairs, read_rows, stage_arguments, stop, write_output, write_text)
+                    package_folder, parse_line, positive_int, progress, read_pairs, read_rows, run_stage, stage_arguments, stop, write_output, write_text)
 
 # What a reader yields: (id, time that sorts or None, turns). A turn is (speaker, text), or in a thread (speaker, text,
 # the place of the turn that it answers, which stands before it, or None).
@@ -80,7 +82,7 @@ def read_turns(path: str) -> Iterator[Conversation]:
             stop(f"{path}, line {number}: 'speaker' must not be empty")
         name, at = row["conversation"], row.get("time")
         # A number is padded so that it sorts like a date string does.
-        at = f"{at:020.6f}" if isinstance(at, int | float) else at
+        at = f"{at:020.6f}" if isinstance(at, int | float) and abs(at) < 1e15 else at
         if not isinstance(at, str | None):
             stop(f"{path}, line {number}: 'time' must be a number or an ISO date string, found {type(at).__name__}")
         times.setdefault(name, at)
@@ -180,8 +182,7 @@ def fetch(address: str, part: Path, mark: Path) -> None:
             whole = have + int(answer.headers["Content-Length"]) if answer.headers["Content-Length"] else None
             version = answer.headers["ETag"] or answer.headers["Last-Modified"] or ""
             mark.write_text("" if version.startswith("W/") else version)
-            with part.open("ab" if have else "wb") as file, progress([], f"downloading {part.stem}", total=whole) as bar:
-                bar.unit, bar.unit_scale = "B", True
+            with part.open("ab" if have else "wb") as file, tqdm(desc=f"downloading {part.stem}", total=whole, unit="B", unit_scale=True, dynamic_ncols=True, disable=None) as bar:
                 bar.update(have)
                 while block := answer.read(1 << 18):
                     file.write(block)
@@ -289,15 +290,11 @@ def load_corpus(path: Path) -> tuple[Corpus, dict[str, list]]:
         for number, line in enumerate(progress(lines, "reading utterances"), start=1):
             if not line.strip():
                 continue
+            row = parse_line(name, number, line)
             try:
-                row = json.loads(line.decode("utf-8"))
                 key, who = row["id"], row["speaker"] if "speaker" in row else row["user"]
                 thread = row["conversation_id"] if "conversation_id" in row else row["root"]
                 answers, text, at = row["reply_to"] if "reply_to" in row else row.get("reply-to"), row["text"], row.get("timestamp")
-            except UnicodeDecodeError as problem:
-                stop(f"{name}, line {number}: not UTF-8 text ({problem.reason}); convert the file")
-            except (ValueError, RecursionError) as problem:
-                stop(f"{name}, line {number}: not a whole JSON object ({problem})")
             except (KeyError, TypeError) as problem:
                 stop(f"{name}, line {number}: not an utterance of ConvoKit's format, which has id, speaker, conversation_id, reply_to, text ({type(problem).__name__}: {problem})")
             if not all(isinstance(value, str) for value in (key, who, thread)) or not isinstance(text, str | None) or not isinstance(answers, str | None):
@@ -314,7 +311,7 @@ def load_corpus(path: Path) -> tuple[Corpus, dict[str, list]]:
             corpus.parent.append(found)
             try:
                 corpus.time.append(float(at))
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 corpus.time.append(0.0)
             if answers is not None and found < 0:
                 waiting.append((rows[key], answers, number))
@@ -727,4 +724,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

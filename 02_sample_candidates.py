@@ -21,9 +21,10 @@ train split is ever learnt from. A server samples by the temperature alone: min-
 from collections.abc import Sequence
 from typing import Any
 
-from common import (MIN_P, PAIR_KEYS, REMOTE, Portions, Row, Server, append_rows, batches_by_length, begin_output, begin_run, closing_line, end_output, finished_rows,
-                    fraction, gather, generate, leave_to_first, load_writer, made_with, messages_of, part_of, positive_int, progress, read_pairs, seed_of, server_address,
-                    server_arguments, share, show_context, show_scene, stage_arguments, stop_unanswered, synthesis_prompt, trace_of, whole_sentences)
+from common import (MIN_P, PAIR_KEYS, REMOTE, Portions, Row, Server, append_rows, batches_by_length, begin_output, begin_run, closing_line, end_output,
+                    finished_rows, fraction, gather, generate, leave_to_first, load_writer, made_with, messages_of, part_of, positive_int, progress, read_pairs,
+                    run_stage, seed_of, server_address, server_arguments, share, show_context, show_scene, stage_arguments, stop_unanswered, synthesis_prompt,
+                    trace_of, whole_sentences)
 
 
 def sample_traces(model: Any, tokenizer: Any, pairs: Sequence[Row], n: int, max_tokens: int, temperature: float,
@@ -105,4 +106,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

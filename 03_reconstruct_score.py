@@ -46,10 +46,10 @@ from itertools import zip_longest
 from typing import Any
 
 from common import (ASPECTS, REMOTE, Group, Portions, Row, Server, append_rows, batches_by_length, begin_output, begin_run, bootstrap_interval, check_made_from,
-                    clean_action, closing_line, cut_context, decode, digit_tokens, discard, embed, encode_data, encode_prompt, end_output, finished_rows, gather, generate,
-                    guard_traces, judge_locally, judge_remotely, leave_to_first, likelihood_scores, load_encoder, load_model, load_writer, made_with, messages_of, open_server,
-                    other_pairs, part_of, positive_int, progress, read_candidates, read_pairs, reconstruction_prompt, seed_of, server_address, server_arguments, share,
-                    show_context, show_rate, show_scene, stage_arguments, stop, stop_unanswered, write_text)
+                    clean_action, closing_line, cut_context, decode, digit_tokens, discard, embed, encode_data, encode_prompt, end_output, finished_rows, gather,
+                    generate, guard_traces, judge_locally, judge_remotely, leave_to_first, likelihood_scores, load_encoder, load_model, load_writer, made_with,
+                    messages_of, open_server, other_pairs, part_of, positive_int, progress, read_candidates, read_pairs, reconstruction_prompt, run_stage, seed_of,
+                    server_address, server_arguments, share, show_context, show_rate, show_scene, stage_arguments, stop, stop_unanswered, write_text)
 
 SCORERS = ("likelihood", "embedding", "judge")
 Judge = Callable[[str, str, Sequence[str]], tuple[list[dict[str, float]] | None, int]]  # (context, action, guesses) -> (ratings, calls)
@@ -403,4 +403,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -24,17 +24,20 @@ of a pair's candidates were; then it is the one that gives least away.
 import argparse
 import math
 import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common import (Group, Row, add_adapter, begin_run, check_made_from, check_record, clip_gradients, closing_line, discard, dump_row, gather, given_away, load_model,
-                    made_with, other_pairs, packed_logprobs, positive_float, positive_int, progress, read_candidates, read_pairs, recompute_or_not, save_adapter, seed_of, share,
-                    stage_arguments, stop, sum_gradients, user_completion, user_prompt, write_output)
+from common import (Group, Row, add_adapter, begin_run, check_made_from, check_record, clip_gradients, closing_line, discard, dump_row, first_difference, gather,
+                    given_away, load_model, load_optimizer, made_with, other_pairs, packed_logprobs, positive_float, positive_int, process_rank, progress,
+                    read_candidates, read_pairs, recompute_or_not, record_of, run_stage, save_adapter, save_checkpoint, seed_of, settle_folder, share,
+                    stage_arguments, stop, sum_gradients, user_completion, user_prompt, wait_for_all, write_output)
 
 ARMS = ("none", "backward", "recon", "shuffled", "longest", "worst")
+SAVE_SECONDS = 120                                         # between checkpoints of a fit: what a kill can cost
 
 
 def choose_trace(arm: str, row: Row, score: str) -> Row:
@@ -99,18 +102,31 @@ def fit_user_model(base: Any, examples: Sequence[Group], args: argparse.Namespac
     """Fit a LoRA adapter on the examples and save it under `folder`; returns each step's loss and the tokens read.
 
     Every example goes through the model alone: without padding two cores are as fast as they can be. Several processes
-    share the examples of a batch and add up their gradients, so all of them take the same step.
+    share the examples of a batch and add up their gradients, so all of them take the same step. Goes on from the
+    checkpoint in folder.part that an interrupted fit left there, if it was made with the same `record`.
     """
-    model = add_adapter(base, args.rank, args.seed)
+    work = folder.with_name(folder.name + ".part")
+    checkpoint = work / "last"
+    if process_rank() == 0:
+        settle_folder(checkpoint)
+    wait_for_all()
+    stale = args.overwrite or (checkpoint.is_dir() and first_difference(record_of(checkpoint), record))
+    wait_for_all()                                            # each has looked before the first one discards
+    if stale:
+        discard(work)
+    wait_for_all()
+    resumed = checkpoint.is_dir()
+    model = add_adapter(base, args.rank, args.seed, checkpoint if resumed else None)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.fit_lr, weight_decay=0.0)
     order = [place for epoch in range(args.epochs)
              for place in random.Random(seed_of(args.seed, "04", epoch)).sample(range(len(examples)), len(examples))]
     batches = [order[start:start + args.batch] for start in range(0, len(order), args.batch)]
     warmup = max(1, len(batches) // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warmup, (len(batches) - step) / (len(batches) - warmup + 1)))
-    losses, tokens = [], 0
-    for batch in progress(batches, f"fitting {folder.name}"):
+    losses, tokens = load_optimizer(checkpoint, optimizer) if resumed else [], 0
+    save = lambda: save_checkpoint(checkpoint, model, optimizer, losses, record)
+    saved = time.monotonic()
+    for step, batch in progress(list(enumerate(batches))[len(losses):], f"fitting {folder.name}", save=save):
         total = sum(len(examples[place][1][0]) for place in batch)
         tokens += sum(len(examples[place][0]) for place in batch) + total
         loss = 0.0
@@ -121,11 +137,16 @@ def fit_user_model(base: Any, examples: Sequence[Group], args: argparse.Namespac
         sum_gradients(weights)
         if not math.isfinite(clip_gradients(weights)):
             stop(f"the gradient of {folder.name} is not finite; lower --fit-lr and start again (finished arms are kept)")
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = args.fit_lr * min((step + 1) / warmup, (len(batches) - step) / (len(batches) - warmup + 1))
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
         losses.append(sum(gather([loss])))
+        if time.monotonic() - saved > SAVE_SECONDS:
+            save()
+            saved = time.monotonic()
     save_adapter(model, folder, record)
+    discard(work)
     model.unload()
     return losses, tokens
 
@@ -182,4 +203,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -39,7 +39,6 @@ Departures from the paper: its settings and its reward's guards are not public; 
 
 import argparse
 import importlib
-import json
 import math
 import os
 import random
@@ -50,14 +49,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from common import (END_THINK, MIN_P, Completion, Group, Portions, Row, add_adapter, append_rows, batches_by_length, begin_output, begin_run, check_adapter,
-                    check_made_from, check_record, clean_action, clip_gradients, closing_line, decode, discard, dump_row, embed, end_output, finished_rows, first_difference,
-                    fraction, gather, gather_shares, generate, given_away, guard_traces, is_trace, leak_share, likelihood_scores, load_encoder, load_model, made_with,
-                    other_pairs, packed_logits, part_of, positive_float, positive_int, process_count, process_rank, progress, read_pairs, read_prefix, read_rows, recompute_or_not, record_of,
-                    replace_folder, save_adapter, seed_of, share, show_context, stage_arguments, stop, sum_gradients, synthesis_prompt, trace_of, user_prompt, wait_for_all,
-                    write_text)
+                    check_made_from, check_record, clean_action, clip_gradients, closing_line, decode, discard, dump_row, embed, end_output, finished_rows,
+                    first_difference, fraction, gather, gather_shares, generate, given_away, guard_traces, is_trace, leak_share, likelihood_scores, load_encoder,
+                    load_model, load_optimizer, made_with, other_pairs, packed_logits, part_of, positive_float, positive_int, process_count, process_rank, progress,
+                    read_pairs, read_prefix, read_rows, recompute_or_not, record_of, run_stage, save_adapter, save_checkpoint, seed_of, share, show_context,
+                    stage_arguments, stop, sum_gradients, synthesis_prompt, trace_of, user_prompt, wait_for_all, write_text)
 
 sample_candidates = importlib.import_module("02_sample_candidates")
 select_sft = importlib.import_module("04_select_sft")
@@ -274,28 +272,6 @@ def average(rows: Sequence[Row], key: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def save_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer, step: int, record: Row) -> None:
-    """Adapter, optimizer state and step number. The noise needs no saving: its seeds are made of the step and the place in it."""
-    if process_rank():
-        return
-    state = {f"{place}.{key}": value for place, entry in optimizer.state_dict()["state"].items() for key, value in entry.items()}
-    temporary = folder.with_name(folder.name + ".new")
-    save_adapter(model, temporary, record)
-    save_file(state, temporary / "optimizer.safetensors")
-    write_text(temporary / "step.json", json.dumps(step))
-    replace_folder(temporary, folder)
-
-
-def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> int:
-    """Put a checkpoint's optimizer state back; returns the number of steps done."""
-    state: dict[int, Row] = {}
-    for name, value in load_file(folder / "optimizer.safetensors").items():
-        place, key = name.split(".")
-        state.setdefault(int(place), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return json.loads((folder / "step.json").read_text())
-
-
 def validate(model: Any, tokenizer: Any, encoder: Any, prompt_of: Callable, rate: Callable, pairs: Sequence[Row], args: argparse.Namespace) -> Row:
     """The same measurements on fixed held-out pairs, of greedy completions (val_…) and of sampled ones (val_sampled_…).
 
@@ -370,7 +346,7 @@ def train(base: Any, tokenizer: Any, encoder: Any, pairs: Sequence[Row], held_ou
         order += random.Random(seed_of(args.seed, "05", len(order))).sample(list(pairs), len(pairs))
 
     sampled, portions = 0, Portions()
-    for step in progress(range(first, args.steps), f"GRPO ({args.objective})"):
+    for step in progress(range(first, args.steps), f"GRPO ({args.objective})", save=lambda: save_checkpoint(checkpoint, model, optimizer, step + 1, so_far)):
         row: Row = {"objective": args.objective, "step": step}
         if step % args.val_every == 0:
             row |= validate(model, tokenizer, encoder, prompt_of, rate, held_out, args)
@@ -576,4 +552,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -50,10 +50,10 @@ import torch
 
 from common import (END_THINK, FEWEST, MIN_P, PROMPTS, REMOTE, Portions, Row, Server, append_rows, batches_by_length, begin_output, begin_run, bootstrap_interval,
                     check_adapter, check_made_from, clean_action, close_trace, closing_line, cut_torn_line, decode, discard, dump_row, embed, encode_data,
-                    encode_prompt, end_output, file_hash, finished_rows, fraction, gather, generate, leave_to_first, load_adapter, load_encoder, load_model, made_with,
-                    messages_of, open_server, packed_logits, packed_logprobs, part_of, positive_float, positive_int, progress, quantiles, read_candidates, read_pairs,
-                    read_rows, record_of, seed_of, server_address, server_arguments, share, show_context, show_rate, show_scene, stage_arguments, stop, stop_unanswered,
-                    user_prompt, words_of, write_output, write_text)
+                    encode_prompt, end_output, file_hash, finished_rows, fraction, gather, generate, leave_to_first, load_adapter, load_encoder, load_model,
+                    made_with, messages_of, one_line, open_server, packed_logits, packed_logprobs, part_of, positive_float, positive_int, progress, quantiles,
+                    read_candidates, read_pairs, read_rows, record_of, run_stage, seed_of, server_address, server_arguments, share, show_context, show_rate,
+                    show_scene, stage_arguments, stop, stop_unanswered, user_prompt, words_of, write_output, write_text)
 
 reconstruct_score = importlib.import_module("03_reconstruct_score")
 select_sft = importlib.import_module("04_select_sft")
@@ -266,7 +266,7 @@ def local_judge(name: str, model: Any, tokenizer: Any) -> Judge:
 
     @torch.inference_mode()
     def ask(context: str, action: str, questions: Sequence[tuple[str, str]]) -> list[str | None]:
-        prompts = [sum(encode_prompt(tokenizer, "comparison", context=context, action=action, first=first, second=second), []) for first, second in questions]
+        prompts = [sum(encode_prompt(tokenizer, "comparison", context=context, action=one_line(action), first=one_line(first), second=one_line(second)), []) for first, second in questions]
         shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
         suffixes = [ids[shared:] for ids in prompts]
         logits, rows = packed_logits(model, prompts[0][:shared], [[*ids, letters[0][0]] for ids in suffixes], list(map(len, suffixes)))
@@ -288,7 +288,7 @@ def remote_judge(server: Server, tries: int = 3) -> Judge:
     """A model on an OpenAI-compatible server. An answer that is not a letter is asked for again, and missing after `tries`."""
     def ask(context: str, action: str, questions: Sequence[tuple[str, str]]) -> list[str | None]:
         def ask_one(question: tuple[str, str]) -> tuple[str | None, int]:
-            messages = messages_of("comparison", context=context, action=action, first=question[0], second=question[1])
+            messages = messages_of("comparison", context=context, action=one_line(action), first=one_line(question[0]), second=one_line(question[1]))
             for call in range(1, tries + 1):
                 if choice := parse_choice(server.ask(messages, 16).text):
                     return choice, call
@@ -573,7 +573,7 @@ def read_labels(path: Path, key: dict[tuple[str, int], Row]) -> tuple[str, list[
             raise ValueError("a choice must be A, B or tie")
     except OSError as problem:
         stop(f"cannot read --human-labels {path}: {problem.strerror}")
-    except (ValueError, LookupError, TypeError) as problem:
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as problem:
         stop(f"--human-labels {path} is not a file that human.html downloads ({type(problem).__name__}: {problem})")
     if lost := next((place for place, _ in labels if place not in key), None):
         stop(f"--human-labels {path}: item {lost[1]} of sheet {lost[0]} is not in human.key.jsonl; use the run folder whose sheet was judged")
@@ -1193,4 +1193,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -79,7 +79,7 @@ def weights_of(model):
 
 
 def fit_arguments(**more):
-    return argparse.Namespace(**({"rank": 4, "epochs": 2, "batch": 2, "fit_lr": 1e-2, "seed": 0, "recompute": False} | more))
+    return argparse.Namespace(**({"rank": 4, "epochs": 2, "batch": 2, "fit_lr": 1e-2, "seed": 0, "recompute": False, "overwrite": False} | more))
 
 
 def test_sft_moves_the_adapter_lowers_the_loss_and_leaves_the_base_bit_identical(sft, tiny, tmp_path):
@@ -332,6 +332,7 @@ def test_grpo_killed_at_random_moments_ends_like_an_undisturbed_run(rl, prepared
     """SIGKILL to the real program, twice, wherever it stands; then the same rl.jsonl, adapter and traces."""
     whole = tmp_path / "whole"
     shutil.copytree(prepared, whole)
+    prepared, whole = whole, prepared                        # this process holds the lock of the folder that it prepared
     settings = ("--steps", "10", "--val-every", "4", "--save-every", "3")
     rl.main(rl_arguments(whole, tiny_folder, *settings))
     command = [sys.executable, str(ROOT / "05_rl_train.py"), *rl_arguments(prepared, tiny_folder, *settings)]

@@ -1,0 +1,163 @@
+"""Is anything lost when a stage is killed? SIGKILL to stages 02 to 06 at random moments, a new start, and a comparison with undisturbed runs.
+
+    python benchmarks/faults.py                      20 kills a stage and objective, on a tiny random model made on the spot
+    python benchmarks/faults.py --trials 2 --stages 02 04
+
+A stage runs as `python STAGE.py` runs it, but forked from a process that has imported the libraries already, so that every
+moment falls into the stage's own work. Moments are drawn evenly over the time an undisturbed run takes, with fixed seeds; the
+new start is killed as well in every second trial. A trial is lost if any file of the run folder then differs from that of an
+undisturbed run (apart from times: costs.jsonl, and `seconds` in rl.jsonl and the report), or if a row that was whole on disk
+at the kill is not in the end.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import runpy
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import matplotlib.pyplot  # noqa: F401  stages import these three when they need them; here they are there before the fork
+import peft  # noqa: F401
+import scipy.stats  # noqa: F401
+from conftest import make_tiny
+
+FIT = ["--epochs", "2", "--rank", "4"]
+STAGES = {
+    "02": ["02_sample_candidates.py", "--n", "2", "--max-trace-tokens", "24", "--batch", "3"],
+    "03": ["03_reconstruct_score.py", "--max-action-tokens", "12", "--batch", "3", "--scorers", "likelihood,embedding,judge", "--keep-token-logprobs"],
+    "04": ["04_select_sft.py", *FIT],
+    "05": ["05_rl_train.py", "--steps", "6", "--max-new-tokens", "12", "--val-every", "4", "--retries", "2", "--trace-batch", "3", *FIT],
+    "05 e2e": ["05_rl_train.py", "--objective", "e2e", "--steps", "4", "--max-new-tokens", "12", "--val-every", "4", *FIT],
+    "06": ["06_evaluate.py", "--max-trace-tokens", "12", "--max-action-tokens", "12", "--batch", "3", "--traces", "1", "--judge", "MODEL"],
+}
+
+
+def start(script: str, arguments: list[str], log: Path) -> int:
+    """Run a script in a fork of this process, as a program; returns its process id."""
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        sys.argv = [script, *arguments]
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+        code = 0
+    except SystemExit as problem:
+        code = problem.code if isinstance(problem.code, int) else int(problem.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def run(script: str, arguments: list[str], log: Path, kill_after: float | None = None) -> bool:
+    """Run a stage to its end, or kill it after so many seconds; was it killed? Any other end than 0 stops the benchmark."""
+    pid, began = start(script, arguments, log), time.monotonic()
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            if os.waitstatus_to_exitcode(status):
+                sys.exit(f"{script} ended with {os.waitstatus_to_exitcode(status)}:\n{log.read_text()}")
+            return False
+        if kill_after is not None and time.monotonic() - began >= kill_after:
+            os.kill(pid, signal.SIGKILL)
+            return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        time.sleep(0.001)
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
+
+
+def contents(folder: Path) -> dict[str, bytes | list | dict]:
+    """Every file of a run folder by its path, without the times in it."""
+    found: dict[str, bytes | list | dict] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name, data = path.relative_to(folder).as_posix(), path.read_bytes()
+        if name in ("costs.jsonl", ".lock"):
+            continue
+        if name == "rl.jsonl":
+            data = without_times([json.loads(line) for line in data.splitlines()])
+        if name == "report.html":
+            page = re.search(rb'(.*id="data">)(.*?)(</script>.*)', data, re.DOTALL)
+            shown = json.loads(page.group(2))
+            data = {"page": (page.group(1), page.group(3)), **shown, "costs": None, "rl": without_times(shown["rl"])}
+        found[name] = data
+    return found
+
+
+def whole_rows(folder: Path) -> dict[str, list[bytes]]:
+    """The rows of each file that a stage appends to, without a torn last one."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes().split(b"\n")[:-1] for path in folder.rglob("*.jsonl") if path.name not in ("rl.jsonl", "costs.jsonl")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=tuple(STAGES))
+    args = parser.parse_args()
+    work = Path(tempfile.mkdtemp(prefix="faults-"))
+    before, log, trial = work / "undisturbed", work / "log", work / "trial"
+    model = ["--model", str(make_tiny(work / "model"))]
+    turns = work / "turns.jsonl"
+    turns.write_text("".join(json.dumps({"conversation": f"c{c}", "speaker": ("bo", "ann")[t % 2], "text": f"words of turn {t} in chat number {c}"}) + "\n" for c in range(16) for t in range(6)))
+    run("01_prepare.py", ["--run", str(before), *model, "--source", f"turns:{turns}", "--user", "ann", "--max-action-tokens", "200", "--max-context-tokens", "900", "--limit", "16"], log)
+    report = {}
+    for stage, (script, *settings) in STAGES.items():
+        settings = [*model, *(model[1] if each == "MODEL" else each for each in settings)]
+        after = work / f"after {stage}"
+        shutil.copytree(before, after)
+        began = time.monotonic()
+        run(script, ["--run", str(after), *settings], log)
+        seconds = time.monotonic() - began
+        wanted, rows_wanted = contents(after), whole_rows(after)
+        found = {"seconds": round(seconds, 1), "trials": 0, "kills": 0, "halfway": 0, "moments_drawn_again": 0, "lost": 0}
+        numbers = random.Random(f"faults {stage}")
+        while stage in args.stages and found["trials"] < args.trials:
+            shutil.rmtree(trial, ignore_errors=True)
+            shutil.copytree(before, trial)
+            arguments, killed, kept = ["--run", str(trial), *settings], 0, True
+            for moment in [numbers.uniform(0, seconds) for _ in range(1 + found["trials"] % 2)]:
+                if not run(script, arguments, log, moment):
+                    break                                     # it had ended; what remains to be done decides where a second kill falls
+                killed += 1
+                found["halfway"] += contents(trial) not in (contents(before), wanted)
+                at_kill = whole_rows(trial)
+                kept = kept and all(rows == rows_wanted[name][:len(rows)] for name, rows in at_kill.items())
+            if not killed:
+                found["moments_drawn_again"] += 1
+                continue
+            run(script, arguments, log)
+            got = contents(trial)
+            different = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
+            found["trials"], found["kills"] = found["trials"] + 1, found["kills"] + killed
+            if different or not kept:
+                found["lost"] += 1
+                print(f"stage {stage}, trial {found['trials']}: {different or 'a row that was whole at the kill'}")
+        before = after
+        if stage in args.stages:
+            report[stage] = found
+            print(f"stage {stage}: {found}", flush=True)
+    shutil.rmtree(work)
+    total = {key: sum(found[key] for found in report.values()) for key in ("trials", "kills", "halfway", "lost")}
+    print(json.dumps({"stages": report, **total}))
+    sys.exit(total["lost"] > 0)
+
+
+if __name__ == "__main__":
+    main()
