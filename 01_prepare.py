@@ -669,7 +669,7 @@ def main(argv: list[str] | None = None) -> None:
     elif not args.domain:                                    # without a preset, what the format itself needs
         domain.clean = {"markdown": DOMAINS["podcast"].clean, "convokit": ("deleted",)}.get(args.source.partition(":")[0], ())
     args.setting = args.setting or domain.setting
-    started = time.monotonic() if args.list_users else begin_run(args.run)
+    started = time.monotonic() if args.list_users else begin_run(args.run, args.max_memory)
     source = Source(args.source, domain.clean, args.sha256)
     output = args.run / "pairs.jsonl"
     told = argparse.Namespace(**vars(args) | {"user": args.user and [hashlib.sha256(user.encode("utf-8", "replace")).hexdigest()[:8] if args.pseudonymise else user for user in args.user]})

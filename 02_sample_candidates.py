@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if args.temperature < 0:
         parser.error("argument --temperature: must not be negative")
-    started = begin_run(args.run)
+    started = begin_run(args.run, args.max_memory)
     source, output = args.run / "pairs.jsonl", args.run / "candidates.jsonl"
     pairs = read_pairs(source)[:args.limit]
     remote = args.model.startswith(REMOTE)

@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
     if writing_remotely and "likelihood" in scorers:
         stop("--scorers likelihood needs a local model; pass --scorers embedding,judge, or a local --model")
 
-    started = begin_run(args.run)
+    started = begin_run(args.run, args.max_memory)
     sources, output = (args.run / "pairs.jsonl", args.run / "candidates.jsonl"), args.run / "scores.jsonl"
     side = args.run / "token_logprobs.jsonl"
     pairs = {pair["id"]: pair for pair in read_pairs(sources[0])}

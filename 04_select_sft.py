@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := [arm for arm in arms if arm not in ARMS]:
         stop(f"--arms: unknown arm {unknown[0]!r}; choose from {', '.join(ARMS)}")
 
-    started = begin_run(args.run)
+    started = begin_run(args.run, args.max_memory)
     sources = args.run / "pairs.jsonl", args.run / "scores.jsonl"
     pairs = {pair["id"]: pair for pair in read_pairs(sources[0])}
     scored = read_candidates(sources[1], "03_reconstruct_score.py", ("trace", "tokens", "leak", "reworded", "stopped", "scores"), ("baseline",))

@@ -489,7 +489,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
-    started = begin_run(args.run)
+    started = begin_run(args.run, args.max_memory)
     source = args.run / "pairs.jsonl"
     pairs = read_pairs(source)
     held_out = [pair for pair in pairs if pair["split"] == "val"]

@@ -1091,7 +1091,7 @@ def main(argv: list[str] | None = None) -> None:
     server_arguments(parser)
     args = parser.parse_args(argv)
 
-    started = begin_run(args.run)
+    started = begin_run(args.run, args.max_memory)
     source, scores, curves = (args.run / name for name in ("pairs.jsonl", "scores.jsonl", "rl.jsonl"))
     pairs = [pair for pair in read_pairs(source) if pair["split"] == "test"][:args.limit]
     if not pairs:

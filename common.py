@@ -114,16 +114,24 @@ def stage_arguments(doc: str, default_limit: int | None = None) -> argparse.Argu
     group.add_argument("--run", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder of this run (default: %(default)s)")
     group.add_argument("--model", default="embedded", metavar="NAME", help="language model: 'embedded', a local folder, a hub name; in stages 2 and 3 also openai:NAME (default: %(default)s)")
     group.add_argument("--4bit", dest="four_bit", action=argparse.BooleanOptionalAction, help="load the model in 4 bits (default: only on a GPU)")
+    group.add_argument("--max-memory", type=positive_float, metavar="GIB", help="GPU memory to use, at most (default: all of it); what does not fit is worked on in halves")
     group.add_argument("--seed", type=int, default=0, help="seed of every random choice (default: %(default)s)")
     group.add_argument("--limit", type=positive_int, default=default_limit, metavar="N", help="use at most N pairs (default: %(default)s)")
     group.add_argument("--overwrite", action="store_true", help="discard what this stage made earlier and make it anew")
     return parser
 
 
-def begin_run(run: Path) -> float:
-    """Make the run folder and lock it, or stop before any work if it cannot be written; returns the time of the start."""
+def begin_run(run: Path, max_memory: float | None = None) -> float:
+    """Make the run folder and lock it, or stop before any work if it cannot be written; returns the time of the start.
+
+    From then on the process takes at most `max_memory` GiB of its GPU.
+    """
     if process_count() > 1:
         join_processes()
+    if max_memory:
+        if not torch.cuda.is_available():
+            stop("--max-memory is for a GPU, and there is none here; leave it out")
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max_memory * 2**30 / torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory))
     if process_rank():                                        # the first process speaks for all
         sys.stdout = open(os.devnull, "w")
         return time.monotonic()
@@ -342,7 +350,7 @@ def file_hash(path: Path) -> str:
 
 def made_with(args: argparse.Namespace, inputs: Iterable[Path] = (), prompts: Sequence[str] = (), ignore: Sequence[str] = (), **more: object) -> Row:
     """What an output depends on: arguments (but those to `ignore`), its `prompts`, versions, device, each input's hash."""
-    ignore = {"run", "overwrite", *ignore}
+    ignore = {"run", "overwrite", "max_memory", *ignore}
     named = lambda path: path.relative_to(args.run).as_posix() if path.is_relative_to(args.run) else path.name
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key not in ignore}
     return json.loads(json.dumps({
