@@ -8,8 +8,10 @@ sampled traces are written for the test split, which training and its validation
 is scored behind its own trace and behind another pair's. `specific` is the first minus the second, credit only for what
 the trace did not say, nats a token (rl.jsonl holds one trace against two actions instead); its gain over the untrained
 synthesizer comes with a 95 % interval by conversation (paired bootstrap). Beside it stand the ways to cheat: quoted 4-grams
-and single words, rewording, stopped and malformed traces, length. Training takes about 45 minutes on two cores. Started again with the same --run, it goes on where it stopped. Draws benchmarks/rl_curve.png
-(--picture) and prints one JSON object last.
+and single words, rewording, stopped and malformed traces, length. `passing` are the sampled traces that the leak guard does not
+stop, the only ones that the loop uses: a stopped trace has a high score because it hands the action over, so fewer of
+them lower the mean of all sampled ones. The default reward trains for about 45 minutes on two cores. Started again with
+the same --run, it goes on where it stopped. Draws benchmarks/rl_curve.png (--picture) and prints one JSON object last.
 """
 
 import argparse
@@ -19,7 +21,6 @@ import math
 import platform
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ import common
 sampling = importlib.import_module("02_sample_candidates")
 rl = importlib.import_module("05_rl_train")
 
-STEPS = {"specific": 40, "unsaid": 16, "likelihood": 16}              # the failures show within 16
+STEPS = {"specific": 64, "unsaid": 16, "likelihood": 16}              # the failures show within 16
 REWARDS = {"specific": [], "unsaid": [], "likelihood": ["--leak-penalty", "2"]}
 SAMPLES = 12                                                          # nearly all of a gain's variance is between samples of one pair
 DRAWN = 4                                                             # as many as stage 5 draws to find one that passes the guard
@@ -69,18 +70,29 @@ def measure(model: Any, tokenizer: Any, encoder: Any, pairs: list[dict], args: a
 
 
 def summarise(rows: list[dict], before: list[dict]) -> dict:
-    """Means of each kind of traces, with the gain of `specific` over the untrained synthesizer and its interval."""
-    found, untrained = {}, Counter()
-    for row in before:
-        untrained[row["kind"], row["id"]] += row["specific"]
-    for kind in ("greedy", "sampled", "guarded"):
-        some = [row for row in rows if row["kind"] == kind]
-        gains = [row["specific"] - untrained[kind, row["id"]] / (SAMPLES if kind == "sampled" else 1) for row in some]
+    """Means of each kind of traces, with the gain of `specific` over the untrained synthesizer and its interval.
+
+    The gain of a pair is that of its mean; a pair of which a kind has no trace on both sides takes no part in it.
+    """
+    found = {}
+    conversations = {row["id"]: row["conversation"] for row in rows}
+    for kind in ("greedy", "sampled", "passing", "guarded"):
+        some, earlier = ([row for row in side if row["kind"] == ("sampled" if kind == "passing" else kind) and not (kind == "passing" and row["stopped"])] for side in (rows, before))
+        means = [{name: sum(values) / len(values) for name, values in by_pair(side).items()} for side in (some, earlier)]
+        gains = {name: mean - means[1][name] for name, mean in means[0].items() if name in means[1]}
         found[kind] = {name: round(sum(row[name] for row in some) / len(some), 4) for name in ("specific", *MEASURED)}
         if rows is not before:
-            found[kind] |= {"specific_gain": round(sum(gains) / len(gains), 4),
-                            "specific_gain_ci95": [round(end, 4) for end in common.bootstrap_interval(gains, [row["conversation"] for row in some], 0)]}
+            found[kind] |= {"specific_gain": round(sum(gains.values()) / len(gains), 4), "pairs": len(gains),
+                            "specific_gain_ci95": [round(end, 4) for end in common.bootstrap_interval(list(gains.values()), [conversations[name] for name in gains], 0)]}
     return found
+
+
+def by_pair(rows: list[dict]) -> dict[str, list[float]]:
+    """`specific` of the rows of each pair."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        values.setdefault(row["id"], []).append(row["specific"])
+    return values
 
 
 def draw(curves: dict[str, list[dict]], path: Path) -> None:
