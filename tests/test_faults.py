@@ -141,7 +141,7 @@ def handlers():
 @pytest.mark.parametrize("how", ["signal", "crash"])
 def test_a_fit_that_broke_off_goes_on_from_its_checkpoint_and_ends_with_the_same_bytes(stage, tiny_folder, tmp_path, monkeypatch, how):
     sft = stage("04_select_sft")
-    args = argparse.Namespace(rank=4, seed=0, fit_lr=1e-2, epochs=2, batch=2, overwrite=False)
+    args = argparse.Namespace(rank=4, seed=0, fit_lr=1e-2, epochs=2, batch=2, overwrite=False, recompute=False)
     read, calls = sft.completion_loss, []
 
     def fit(folder, record):
@@ -174,7 +174,7 @@ def test_a_fit_that_broke_off_goes_on_from_its_checkpoint_and_ends_with_the_same
 def test_a_checkpoint_of_another_fit_is_not_continued(stage, tiny_folder, tmp_path):
     sft = stage("04_select_sft")
     model, tokenizer = common.load_model(str(tiny_folder), False)
-    args = argparse.Namespace(rank=4, seed=0, fit_lr=1e-2, epochs=1, batch=1, overwrite=False)
+    args = argparse.Namespace(rank=4, seed=0, fit_lr=1e-2, epochs=1, batch=1, overwrite=False, recompute=False)
     (tmp_path / "arm.part" / "last").mkdir(parents=True)
     (tmp_path / "arm.part" / "last" / "made.json").write_text('{"arguments": {"model": "another"}}')
     losses, _ = sft.fit_user_model(model, [sft.user_example(tokenizer, make_pair(), None)], args, tmp_path / "arm", {"arguments": {"model": "tiny"}})
