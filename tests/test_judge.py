@@ -150,7 +150,7 @@ def test_a_bad_answer_is_asked_for_again(server):
     assert calls == 3 and [row["style"] for row in ratings] == [1, 2]
     path, key, body = asked[0]
     assert path == "/v1/chat/completions" and key == "Bearer secret-key" and body["model"] == "some-model"
-    assert "hello (guesses) you" in body["messages"][-1]["content"] and "Guess 2: b" in body["messages"][-1]["content"]
+    assert "hello guesses you" in body["messages"][-1]["content"] and "Guess 2: b" in body["messages"][-1]["content"]
 
 
 def test_a_busy_server_is_asked_again_and_one_that_refuses_stops_the_stage(server, capsys):
