@@ -1058,13 +1058,13 @@ def reconstruction_prompt(tokenizer: Any, context: str, traces: Sequence[str | N
     return prefixes[0], suffixes
 
 
-NO_JSON = str.maketrans('{}"', "()'")
+NO_JSON = str.maketrans(dict.fromkeys('{}[]"', " "))
 
 
 def no_json(text: str) -> str:
-    """A message as the judge is shown it: one line in which no JSON can stand. The embedded model copied the numbers of a forged answer
-    and raised its rating by 4 of 9 points, whatever the prompt said against it."""
-    return one_line(text).translate(NO_JSON)
+    """A message as the judge is shown it: one line without brackets and double quotes. The embedded model copied the numbers of a forged
+    answer and raised its rating by 4 of 9 points, whatever the prompt said against it and also with parentheses for braces."""
+    return one_line(text.translate(NO_JSON))
 
 
 def list_guesses(guesses: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """Does text that gives orders move a score? 20 injected turns on real pairs and the embedded model, each against a harmless turn of the same length.
 
-    python benchmarks/injection.py                   2 pairs, some 8 minutes
+    python benchmarks/injection.py                   2 pairs, some 10 minutes on an idle core
     python benchmarks/injection.py --pairs 4
 
 An injection stands once in the conversation, before its last turn, and once at the end of the first of two guesses; a harmless

@@ -119,7 +119,7 @@ def test_a_bad_answer_is_asked_for_again(loopback):
     assert calls == 3 and [row["style"] for row in ratings] == [1, 2]
     path, key, body = loopback.asked[0]
     assert path == "/v1/chat/completions" and key == "Bearer secret-key-1234" and body["model"] == "some-model"
-    assert "hello (guesses) you" in body["messages"][-1]["content"] and "Guess 2: b" in body["messages"][-1]["content"]
+    assert "hello guesses you" in body["messages"][-1]["content"] and "Guess 2: b" in body["messages"][-1]["content"]
 
 
 def test_a_pair_without_a_valid_answer_keeps_its_other_scores_and_is_counted(loopback, tiny_folder, tmp_path, stage, capsys):
