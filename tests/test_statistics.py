@@ -120,7 +120,7 @@ def test_a_remote_judge_asks_again_for_a_letter_and_then_gives_up(evaluate, loop
     judge = evaluate.remote_judge(common.Server("openai:big", 1))
     assert judge.ask("Alex: hi {first}", "yes {second}", [("one", "two"), ("two", "one")]) == ["second", None] and judge.calls == 5
     told = loopback.asked[0][2]
-    assert told["model"] == "big" and "Message A:\none" in told["messages"][1]["content"] and "yes {second}" in told["messages"][1]["content"]
+    assert told["model"] == "big" and "Message A:\n<<<\nSam: one\n>>>" in told["messages"][1]["content"] and "yes {second}" in told["messages"][1]["content"]
 
 
 @pytest.mark.parametrize("name, family", [("Qwen/Qwen3-8B", "qwen"), ("openai:gpt-5-mini", "gpt"), ("embedded", "smollm"), ("HuggingFaceTB/SmolLM2-1.7B", "smollm"),
