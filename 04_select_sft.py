@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--score", default="unsaid", choices=("likelihood", "unsaid", "embedding", "judge"), help="what recon selects by (default: %(default)s)")
     add_fit_arguments(parser)
     args = parser.parse_args(argv)
-    arms = args.arms.split(",")
+    arms = list(dict.fromkeys(args.arms.split(",")))
     if unknown := [arm for arm in arms if arm not in ARMS]:
         stop(f"--arms: unknown arm {unknown[0]!r}; choose from {', '.join(ARMS)}")
 

@@ -280,12 +280,13 @@ def validate(model: Any, tokenizer: Any, encoder: Any, prompt_of: Callable, rate
     """
     row: Row = {}
     prompts = {pair["id"]: prompt_of(pair) for pair in pairs}
-    others = other_pairs(pairs, pairs, "val")
+    others, portions = other_pairs(pairs, pairs, "val"), Portions()
     for kind in ("val", "val_sampled"):
         completions: dict[str, list[Completion]] = {}
         for batch in batches_by_length(pairs, lambda pair: len(prompts[pair["id"]]), 16):
-            seeds = [] if kind == "val" else [seed_of(args.seed, "05 val", pair["id"]) for pair in batch]
-            completions |= zip((pair["id"] for pair in batch), rollout(model, tokenizer, [prompts[pair["id"]] for pair in batch], seeds, 1, args))
+            draw = lambda some: rollout(model, tokenizer, [prompts[pair["id"]] for pair in some],
+                                        [] if kind == "val" else [seed_of(args.seed, "05 val", pair["id"]) for pair in some], 1, args)
+            completions |= zip((pair["id"] for pair in batch), portions.run(draw, batch))
         rows = sum(rate(model, tokenizer, encoder, pairs, others, [completions[pair["id"]] for pair in pairs], args), [])
         gate_rows(rows, args.leak_penalty)
         own = {pair["id"]: some["score"] for pair, some in zip(pairs, rows)}
@@ -515,8 +516,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     go_on = not args.overwrite and target.exists() and more_steps(record_of(target), record)
     wait_for_all()                                            # each has seen what there was before the first one discards it
     if go_on:
-        for old in (target, traces, arm) if args.objective == "recon" else (target,):
+        for old in (arm, traces, target) if args.objective == "recon" else (target,):      # what depends on another goes first
             discard(old)
+    wait_for_all()
     trained = check_record(target, record, args.overwrite)
     if trained and args.objective == "e2e":
         print(f"05_rl_train: {target} is already made")

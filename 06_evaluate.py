@@ -41,7 +41,6 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -51,9 +50,9 @@ import torch
 from common import (END_THINK, FEWEST, MIN_P, PROMPTS, REMOTE, Portions, Row, Server, append_rows, batches_by_length, begin_output, begin_run, bootstrap_interval,
                     check_adapter, check_made_from, clean_action, close_trace, closing_line, cut_torn_line, decode, discard, dump_row, embed, encode_data,
                     encode_prompt, end_output, file_hash, finished_rows, fraction, gather, generate, leave_to_first, load_adapter, load_encoder, load_model,
-                    made_with, messages_of, one_line, open_server, packed_logits, packed_logprobs, part_of, positive_float, positive_int, progress, quantiles,
-                    read_candidates, read_pairs, read_rows, record_of, run_stage, seed_of, server_address, server_arguments, share, show_context, show_rate,
-                    show_scene, stage_arguments, stop, stop_unanswered, user_prompt, words_of, write_output, write_text)
+                    made_with, messages_of, one_line, open_server, packed_logits, packed_logprobs, part_of, positive_float, positive_int, process_count, progress,
+                    quantiles, read_candidates, read_pairs, read_rows, record_of, run_stage, seed_of, server_address, server_arguments, settle_folder, share,
+                    show_context, show_rate, show_scene, stage_arguments, stop, stop_unanswered, user_prompt, wait_for_all, words_of, write_output, write_text)
 
 reconstruct_score = importlib.import_module("03_reconstruct_score")
 select_sft = importlib.import_module("04_select_sft")
@@ -62,7 +61,7 @@ rl_train = importlib.import_module("05_rl_train")
 ARMS = ("none", "backward", "recon", "recon-grpo", "e2e-grpo", "shuffled", "longest", "worst")
 WHATS = ("actions", "reconstructions")
 PREDICTED, REBUILT = ("id", "trace", "finished", "action", "action_logprob"), ("id", "trace", "reconstruction", "stopped")
-Base = Callable[[str, bool | None], tuple[Any, Any]]         # load_model, which keeps what it loaded last
+Base = Callable[[str, bool | None], tuple[Any, Any]]         # load_model, see one_at_a_time
 
 
 # ------------------------------------------------------------------------------------------------
@@ -116,6 +115,9 @@ def act_all(args: Namespace, base: Base, pairs: Sequence[Row], folders: dict[str
         reused += len(rows)
         if len(rows) < len(pairs):
             model, tokenizer = base(args.model, args.four_bit)
+            if args.overwrite and not predictions:            # all at once, so that an interrupted --overwrite goes on without it
+                for old in ("predictions", "reconstructions", "answers.jsonl"):
+                    discard(args.run / old)
             user_model = load_adapter(model, folder, args.model)
             begin_output(output, record, args.overwrite)
             batches = batches_by_length(pairs, lambda pair: len(show_context(pair)), args.batch)
@@ -134,6 +136,19 @@ def act_all(args: Namespace, base: Base, pairs: Sequence[Row], folders: dict[str
             rows = finished_rows(output, record, False, PREDICTED, [pair["id"] for pair in pairs])
         predictions[arm] = rows
     return predictions, tokens, reused
+
+
+def one_at_a_time(load: Base) -> Base:
+    """`load`, but what it loaded last is kept, and let go before another is loaded."""
+    held: dict[tuple, tuple[Any, Any]] = {}
+
+    def base(name: str, four_bit: bool | None) -> tuple[Any, Any]:
+        if (name, four_bit) not in held:
+            held.clear()
+            held[name, four_bit] = load(name, four_bit)
+        return held[name, four_bit]
+
+    return base
 
 
 def held_out_traces(arm: str, pairs: Sequence[Row], scored: Sequence[Row], score: str, seed: int) -> list[Row]:
@@ -1096,6 +1111,9 @@ def main(argv: list[str] | None = None) -> None:
     pairs = [pair for pair in read_pairs(source) if pair["split"] == "test"][:args.limit]
     if not pairs:
         stop(f"{source} holds no pair of the test split; run 01_prepare.py with more pairs")
+    for arm in ARMS:
+        settle_folder(args.run / "models" / arm)
+    wait_for_all()
     folders = {arm: args.run / "models" / arm for arm in ARMS if (args.run / "models" / arm).is_dir()}
     if args.versus not in folders:
         stop(f"{args.run / 'models' / args.versus} does not exist, and --versus {args.versus} is compared with; run 04_select_sft.py first")
@@ -1117,7 +1135,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"06_evaluate: {target} and {report} are already made")
         return
 
-    base = lru_cache(maxsize=1)(load_model)                   # user model, reconstructor and judge may be one base: loaded once, and never two at a time
+    if process_count() > 1 and scores.is_file() and record_of(scores)["arguments"]["model"].startswith(REMOTE):
+        stop(f"{scores} was reconstructed by a server, which one process asks; start this stage without accelerate launch")
+    base = one_at_a_time(load_model)                          # user model, reconstructor and judge may be one base
     # Opened now, as acting takes long and a key may be wrong.
     servers = {args.judge: open_server(args.judge, args.concurrency)} if args.judge.startswith(REMOTE) else {}
     predictions, tokens, reused = act_all(args, base, pairs, folders, source)
@@ -1137,8 +1157,6 @@ def main(argv: list[str] | None = None) -> None:
     leave_to_first()
     encoder = load_encoder(args.encoder)
     judge = load_judge(args, base, encoder, servers)
-    if args.overwrite:
-        discard(args.run / "answers.jsonl")
     written = {"actions": {arm: {name: row["action"] for name, row in rows.items()} for arm, rows in predictions.items()},
                "reconstructions": {arm: {name: row["reconstruction"] for name, row in rows.items()} for arm, rows in rebuilt.items()}}
     thoughts = {what: {arm: {name: row["trace"] for name, row in rows.items()} for arm, rows in some.items()} for what, some in zip(WHATS, (predictions, rebuilt))}

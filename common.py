@@ -426,12 +426,14 @@ def check_record(output: Path, record: Row, overwrite: bool) -> bool:
     if overwrite:
         return False
     settle_folder(output)
-    if not output.exists():
-        return False
-    if difference := first_difference(record_of(output), record):
+    wait_for_all()
+    there = output.exists()
+    difference = first_difference(record_of(output), record) if there else None
+    wait_for_all()                                            # each has looked before the first one writes
+    if difference:
         stop(f"{output} was made otherwise: {difference}. Remove it to make it anew, pass --overwrite to make anew all that this stage makes, "
              "or choose another --run folder")
-    return True
+    return there
 
 
 def write_output(path: Path, text: str, record: Row) -> None:
@@ -588,15 +590,19 @@ def closing_line(run: Path, stage: str, rows_in: int, rows_out: int, skipped: in
 
 
 def progress(items: Iterable, what: str, total: int | None = None, save: Callable[[], None] | None = None) -> Iterator:
-    """Go through `items` with a bar. A signal to end lets the item at hand be finished, then calls `save` and ends the program."""
+    """Go through `items` with a bar. A signal to end lets the item at hand be finished, then calls `save` and ends the program.
+
+    Several processes that train (`save` is for them) leave after the same item: one that went on would wait for the others.
+    """
     LOOPS.append(what)
     try:
         for item in tqdm(items, desc=what, total=total, dynamic_ncols=True, disable=True if process_rank() else None):
             yield item
-            if ASKED:
-                if save:
-                    save()
-                leave(ASKED[0])
+            asked = ASKED[0] if ASKED else 0
+            if save and (asked := max(gather([asked]))):
+                save()
+            if asked:
+                leave(asked)
     finally:
         LOOPS.remove(what)
 

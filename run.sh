@@ -5,9 +5,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-case "${1:-} ${2:-}" in
-    " " | "test "*) ;;
-    "--gpu " | "--gpu 4b") ;;
+case "$*" in
+    "" | test | "test "* | --gpu | "--gpu 4b") ;;
     *) echo "error: unknown argument '$*'; usage: bash run.sh [test [pytest arguments] | --gpu [4b]]" >&2; exit 2 ;;
 esac
 python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed" >&2; exit 2; }

@@ -8,7 +8,9 @@ A call is one completion or one judgement, as the paper counts: 2N + 1 a pair fo
 `common.generate` does and a server with prefix caching: time goes by it. A training example is computed three times,
 forward and twice that backward. The defaults are those of the stages, and tokens a call as measured in the embedded run
 (44 pairs; mean lengths, SmolLM2's tokenizer). It is an estimate: it leaves out the encoder, loading, the likelihoods of
-the evaluation, worked examples that are computed once for a whole batch, and questions asked again. Prints one JSON object last.
+the evaluation, worked examples that are computed once for a whole batch, questions asked again, validation in GRPO, the whole
+objective e2e, and what stage 6 does with reconstructions: a language model as judge compares those too, in up to three times
+the calls that are counted for comparisons. Prints one JSON object last.
 """
 
 import argparse

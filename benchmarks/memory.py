@@ -30,6 +30,8 @@ sft, rl = (importlib.import_module(name) for name in ("04_select_sft", "05_rl_tr
 # hidden size, intermediate size, layers, heads, tied embeddings; all have 8 key-value heads of 128 and 151,936 tokens (the models' config.json)
 SHAPES = {"qwen3-1.7b": (2048, 6144, 28, 16, True), "qwen3-4b": (2560, 9728, 36, 32, True), "qwen3-8b": (4096, 12288, 36, 32, False)}
 GIB = 2**30
+WORDS = 524                                                # tokens of the synthesis prompt without context and action: instructions and worked examples
+VALIDATION = 16                                            # prompts at once, one completion each
 RANK = 16
 
 
@@ -73,7 +75,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         work()
         peaks[stage] = torch.cuda.max_memory_allocated() / GIB
 
-    draw = lambda rows, new: common.generate(model, tokenizer, [(ids(args.context - 1), [ids(1)] * rows) for _ in range(args.pairs)], new, list(range(rows * args.pairs)), 1.0, common.MIN_P)
+    prompt = args.context + WORDS + args.action
+    draw = lambda rows, new, pairs=args.pairs: common.generate(model, tokenizer, [(ids(prompt - 1), [ids(1)] * rows) for _ in range(pairs)], new, list(range(rows * pairs)), 1.0, common.MIN_P)
     peak_of("02 sampling", lambda: draw(args.n, args.trace))
     peak_of("03 reconstructing", lambda: draw(args.n + 2, args.action))
     with torch.no_grad():
@@ -89,8 +92,9 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
     settings = argparse.Namespace(temperature=1.0, updates=1, clip=0.2, kl=0.0, recompute=True)
     peak_of("04 fitting", fit)
+    peak_of("05 validation", lambda: draw(1, args.trace, VALIDATION))
     peak_of("05 rollout", lambda: draw(args.group, args.trace))
-    peak_of("05 update", lambda: rl.update(model, optimizer, [(ids(args.context), [ids(args.trace) for _ in range(args.group)])], [[1.0, -1.0] * (args.group // 2)], settings))
+    peak_of("05 update", lambda: rl.update(model, optimizer, [(ids(prompt), [ids(args.trace) for _ in range(args.group)])], [[1.0, -1.0] * (args.group // 2)], settings))
     peak_of("06 acting", lambda: draw(2, args.trace))
     return peaks
 
@@ -126,7 +130,8 @@ def compute(args: argparse.Namespace) -> dict[str, float]:
     weights = linear * (4 + 8 / 64 + 32 / (64 * 256)) / 8 + table * (1 if tied else 2) + hidden * middle * 2    # NF4, scales, their scales; one layer's weight unpacked
     past = 2 * layers * 8 * 128 * 2                                                     # bytes a token of keys and values
     # The prompts are read at once, a layer's widest tensors at a time; then come the rows' caches and one token's logits in five forms.
-    drawn = lambda rows, new: args.pairs * max(args.context * (past + 3 * middle * 2), rows * (args.context + new) * past + rows * 151936 * (2 + 4 + 4 + 4 + 8))
+    prompt = args.context + WORDS + args.action
+    drawn = lambda rows, new, pairs=args.pairs: pairs * max(prompt * (past + 3 * middle * 2), rows * (prompt + new) * past + rows * 151936 * (2 + 4 + 4 + 4 + 8))
     adapter = layers * RANK * (2 * (hidden + heads * 128) + 2 * (hidden + 8 * 128) + 3 * (hidden + middle))
     trained = adapter * 4 * 4                                                           # weight, gradient and AdamW's two moments in float32
     layer = kept_by_a_layer(args.shape)
@@ -135,9 +140,10 @@ def compute(args: argparse.Namespace) -> dict[str, float]:
     parts = {"02 sampling": drawn(args.n, args.trace), "03 reconstructing": drawn(everyone, args.action),
              "03 likelihood": (args.context + everyone * (args.trace + args.action)) * past + everyone * args.action * 151936 * (2 + 4),
              "04 fitting": trained + backward(args.context + args.trace + args.action, args.trace + args.action, 2 + 4 + 4 + 2),
+             "05 validation": trained + drawn(1, args.trace, VALIDATION),
              "05 rollout": trained + drawn(args.group, args.trace),
              # logits in bfloat16, float32 and over the temperature; softmax and entropy; two gradients
-             "05 update": trained + backward(args.context + args.group * args.trace, args.group * args.trace, 2 + 4 + 4 + 4 + 4 + 4 + 4),
+             "05 update": trained + backward(prompt + args.group * args.trace, args.group * args.trace, 2 + 4 + 4 + 4 + 4 + 4 + 4),
              "06 acting": adapter * 4 + drawn(2, args.trace)}
     return {"weights": weights / GIB} | {stage: (weights + size) / GIB for stage, size in parts.items()}
 
@@ -145,7 +151,7 @@ def compute(args: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-8b", help="whose shape (default: %(default)s)")
-    for name, size, what in (("context", 2048, "tokens in a prompt"), ("trace", 256, "tokens in a trace"), ("action", 64, "tokens in an action"), ("n", 4, "candidates a pair"),
+    for name, size, what in (("context", 2048, "tokens in a context"), ("trace", 256, "tokens in a trace"), ("action", 64, "tokens in an action"), ("n", 4, "candidates a pair"),
                              ("group", 8, "completions a prompt in GRPO"), ("pairs", 4, "pairs, or prompts, at once")):
         parser.add_argument(f"--{name}", type=common.positive_int, default=size, help=f"{what} (default: %(default)s)")
     parser.add_argument("--computed", action="store_true", help="compute even if there is a GPU")
