@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,6 +103,24 @@ def test_losses_of_fitting_and_of_grpo_agree_between_one_and_two_processes(runs,
             examples = [sft.user_example(tokenizer, pair, "Sam feels tired.") for pair in pairs]
             losses.append(sft.completion_loss(common.load_adapter(model, run / "models" / arm, str(tiny_folder)), examples, 100).item())
         assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+def test_two_processes_train_on_from_a_checkpoint_to_more_steps_as_one_does(runs, tmp_path, tiny_folder, stage):
+    """Each must have seen what there is before the first one discards it."""
+    lines = []
+    for run, name in zip(runs, ("alone", "together")):
+        shutil.copytree(run, tmp_path / name)
+        arguments = ["4" if before == "--steps" else value for before, value in zip(("", *STAGES[3]), STAGES[3])][1:]
+        if name == "alone":
+            stage("05_rl_train").main(["--run", str(tmp_path / name), "--model", str(tiny_folder), "--no-4bit", *arguments])
+        else:
+            done = launch("05_rl_train", tmp_path / name, tiny_folder, *arguments)
+            problem = done.communicate(timeout=300)[1]
+            assert done.returncode == 0, problem
+        lines.append([row for row in common.read_rows(tmp_path / name / "rl.jsonl") if "loss" in row])
+    assert [row["step"] for row in lines[0]] == [row["step"] for row in lines[1]] == [0, 1, 2, 3]
+    for one, other in zip(*lines):
+        assert one["reward"] == pytest.approx(other["reward"], abs=1e-3) and one["grad_norm"] == pytest.approx(other["grad_norm"], abs=1e-3)
 
 
 def test_a_process_that_is_killed_stops_all_and_another_number_of_processes_goes_on(tmp_path, tiny_folder, stage):
