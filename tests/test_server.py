@@ -452,6 +452,7 @@ def test_stages_2_3_and_6_with_transformers_serve_which_is_restarted_busy_hangin
     assert all(candidate["reconstruction"] and candidate["scores"]["embedding"] > -1 for row in scored.values() for candidate in row["candidates"])
 
     stage("04_select_sft").main(["--run", str(run), "--model", str(tiny_folder), "--score", "embedding", "--epochs", "1", "--arms", "none,backward"])
+    run = shutil.copytree(run, tmp_path / "copy")           # this process holds the lock of the other one
     environment["OPENAI_BASE_URL"] = f"http://127.0.0.1:{loopback.port}/v1"
     loopback.reply = failing({1: (429, {"Retry-After": "1"}, "busy"), 2: {"choices": []}, 3: 503}, serving.forward)
     evaluating = program("06_evaluate.py", "--model", str(tiny_folder), "--max-trace-tokens", "6", "--max-action-tokens", "6", "--judge", model, "--concurrency", "2")
