@@ -102,7 +102,7 @@ def test_a_local_judge_answers_with_the_likelier_letter_whatever_else_it_is_aske
     a, b = (tokenizer.encode(letter)[0] for letter in "AB")
     expected = []
     for first, second in questions:
-        prompt = sum(common.encode_prompt(tokenizer, "comparison", context="Alex: hi", action="yes", first=first, second=second), [])
+        prompt = sum(common.encode_prompt(tokenizer, "comparison", context="Alex: hi", action="yes", first=common.one_line(first), second=common.one_line(second)), [])
         with torch.no_grad():
             logits = model(torch.tensor([prompt])).logits[0, -1]
         expected.append("first" if logits[a] > logits[b] else "second")
