@@ -1288,10 +1288,6 @@ def packed_logits(model: Any, prefix: list[int], suffixes: Sequence[list[int]], 
         with recomputed_layers(model) if recompute else nullcontext():
             logits = model(torch.tensor([prefix + suffixes[0][:-1]], device=device), logits_to_keep=places, use_cache=False).logits[0]
         return logits.float(), [torch.arange(len(places), device=device)]
-    cache = Cache(layer_class_to_replicate=DynamicLayer)
-    for layer in range(len(past) // 2):
-        cache.update(past[2 * layer], past[2 * layer + 1], layer)
-    unread = prefix[past[0].shape[2] if past else 0:]
     bodies = [suffix[:-1] for suffix in suffixes]    # nothing is predicted from a suffix's last token
     ends = torch.tensor([0, *map(len, bodies)]).cumsum(0).tolist()
     # Place 0 is the prefix's last token, which predicts every suffix's first one; place 1 + i is token i of the row.
@@ -1310,11 +1306,15 @@ def packed_logits(model: Any, prefix: list[int], suffixes: Sequence[list[int]], 
             logits = model(torch.tensor([row], device=device), position_ids=torch.tensor([at], device=device), attention_mask=torch.cat([above, mask], 2), use_cache=False,
                            logits_to_keep=torch.tensor([0, *wanted], device=device) + len(prefix) - 1).logits[0]
     else:
+        cache = Cache(layer_class_to_replicate=DynamicLayer)
+        for layer in range(len(past) // 2):
+            cache.update(past[2 * layer], past[2 * layer + 1], layer)
+        unread = prefix[past[0].shape[2] if past else 0:]
         logits = model(torch.tensor([unread], device=device), past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0]   # [1, vocabulary]
-    if wanted and not recompute:
-        rest = model(torch.tensor([[token for body in bodies for token in body]], device=device), position_ids=torch.tensor([positions], device=device),
-                     attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=torch.tensor(wanted, device=device) - 1).logits[0]
-        logits = torch.cat([logits, rest])
+        if wanted:
+            rest = model(torch.tensor([[token for body in bodies for token in body]], device=device), position_ids=torch.tensor([positions], device=device),
+                         attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=torch.tensor(wanted, device=device) - 1).logits[0]
+            logits = torch.cat([logits, rest])
     index = {place: row for row, place in enumerate([0, *wanted])}
     return logits.float(), [torch.tensor([index[place] for place in some], device=device, dtype=torch.long) for some in places]
 

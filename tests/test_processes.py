@@ -123,7 +123,7 @@ def test_two_processes_train_on_from_a_checkpoint_to_more_steps_as_one_does(runs
         assert one["reward"] == pytest.approx(other["reward"], abs=1e-3) and one["grad_norm"] == pytest.approx(other["grad_norm"], abs=1e-3)
 
 
-def test_a_process_that_is_killed_stops_all_and_another_number_of_processes_goes_on(tmp_path, tiny_folder, stage):
+def test_a_process_that_is_killed_stops_all_and_another_number_of_processes_goes_on(tmp_path, tiny_folder, stage, capsys):
     arguments = ("--n", "4", "--max-trace-tokens", "24", "--batch", "1")
     alone, together = write_pairs(tmp_path / "alone", 30), write_pairs(tmp_path / "together", 30)
     stage("02_sample_candidates").main(["--run", str(alone), "--model", str(tiny_folder), "--no-4bit", *arguments])
@@ -135,7 +135,10 @@ def test_a_process_that_is_killed_stops_all_and_another_number_of_processes_goes
     os.kill(second, signal.SIGKILL)
     started.communicate(timeout=60)
     assert started.returncode != 0 and part.is_file()
+    kept = sum(path.read_bytes().count(b"\n") for path in (together / "candidates.jsonl", *common.parts_of(together / "candidates.jsonl")))
+    capsys.readouterr()
     stage("02_sample_candidates").main(["--run", str(together), "--model", str(tiny_folder), "--no-4bit", *arguments])
+    assert kept > 0 and f", {kept} skipped" in capsys.readouterr().out       # not thrown away and made anew
     assert (together / "candidates.jsonl").read_text() == (alone / "candidates.jsonl").read_text()
     assert not list(together.glob("*.part*"))
 
