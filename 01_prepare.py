@@ -7,15 +7,15 @@ in any other conversation the turns before it.
     out    RUN/pairs.jsonl              id, user, conversation, split, context [{speaker, text}], action, cut, setting
            RUN/pairs.summary.json       people, what was cleaned, dropped and found wrong, with counts
 
-How to run it:
+How to run it (each source into a --run of its own):
 
     python 01_prepare.py                                     the embedded chat corpus, its two busiest people
     python 01_prepare.py --list-users                        who is in the source, with counts
-    python 01_prepare.py --domain supreme                    a preset; the corpus is downloaded once
-    python 01_prepare.py --domain supreme --source convokit:FOLDER      the same, from a corpus folder or zip you have
-    python 01_prepare.py --source markdown:FOLDER --user "Ann Lee"      transcripts whose turns open with **Name:**
-    python 01_prepare.py --source turns:my.jsonl --user ann  your own data: rows {conversation, speaker, text, time?}
-    python 01_prepare.py --source hub:NAME                   a `datasets` data set with a column of messages
+    python 01_prepare.py --run runs/supreme --domain supreme                             a preset; the corpus is downloaded once
+    python 01_prepare.py --run runs/supreme --domain supreme --source convokit:FOLDER    the same, from a corpus folder or zip you have
+    python 01_prepare.py --run runs/talks --source markdown:FOLDER --user "Ann Lee"      transcripts whose turns open with **Name:**
+    python 01_prepare.py --run runs/mine --source turns:my.jsonl --user ann              your own data: rows {conversation, speaker, text, time?}
+    python 01_prepare.py --run runs/hub --source hub:NAME                                a `datasets` data set with a column of messages
 
 Departures from the paper: its eight people and four domains are not public knowledge; the domains here are of the same
 kind. The limits and the splits are ours: whole conversations go to one split, and a person's later conversations to
@@ -78,8 +78,8 @@ def read_turns(path: str) -> Iterator[Conversation]:
         for key in ("conversation", "speaker", "text"):
             if not isinstance(row[key], str):
                 stop(f"{path}, line {number}: {key!r} must be a string, found {type(row[key]).__name__}")
-        if not row["speaker"].strip():
-            stop(f"{path}, line {number}: 'speaker' must not be empty")
+        if blank := next((key for key in ("conversation", "speaker") if not row[key].strip()), None):
+            stop(f"{path}, line {number}: {blank!r} must not be empty")
         name, at = row["conversation"], row.get("time")
         # A number is padded so that it sorts like a date string does.
         at = f"{at:020.6f}" if isinstance(at, int | float) and abs(at) < 1e15 else at
@@ -97,19 +97,25 @@ def read_hub(name: str) -> Iterator[Conversation]:
     try:
         rows = datasets.load_dataset(name, split="train")
     except Exception as problem:  # the library raises many kinds: no network, no such name, no such split
-        stop(f"cannot load --source hub:{name}: {problem}")
+        for path in sorted(Path(name).rglob("*.jsonl")):     # it does not say which line it could not read
+            read_rows(path)
+        while problem.__cause__:
+            problem = problem.__cause__
+        stop(f"cannot load --source hub:{name}: {first_line(problem)}")
     column = next((key for key in ("messages", "conversations", "turns") if key in rows.column_names), None)
     if column is None:
         stop(f"--source hub:{name} has columns {', '.join(rows.column_names)}; one of messages, conversations, turns is needed")
     for number, row in enumerate(rows):
         if not isinstance(row[column], list) or not all(isinstance(turn, dict) for turn in row[column]):
             stop(f"--source hub:{name}, row {number}: {column!r} must be a list of turns like {{role, content}}")
-        turns = [tuple(next((str(turn[key]) for key in keys if turn.get(key) is not None), "")
-                       for keys in (("speaker", "role", "from"), ("text", "content", "value"))) for turn in row[column]]
-        yield str(number if row.get("id") is None else row["id"]), None, [turn for turn in turns if turn[0].strip()]
+        turns = [[next((turn[key] for key in keys if turn.get(key) is not None), "") for keys in (("speaker", "role", "from"), ("text", "content", "value"))] for turn in row[column]]
+        if not all(isinstance(speaker, str | int) and isinstance(text, str) for speaker, text in turns):
+            stop(f"--source hub:{name}, row {number}: in {column!r} a turn's role must be a text or a number, and its content a text")
+        key = row.get("id")
+        yield str(number) if key is None or not str(key).strip() else str(key), None, [(str(speaker), text) for speaker, text in turns]
 
 
-SPOKEN_BY = re.compile(r"^\*\*([^*\n]{1,80}?):\*\*[ \t]*", re.MULTILINE)
+SPOKEN_BY = re.compile(r"^\*\*([^*\n]{0,80}?):\*\*[ \t]*", re.MULTILINE)
 
 
 def read_markdown(folder: str) -> Iterator[Conversation]:
@@ -122,7 +128,7 @@ def read_markdown(folder: str) -> Iterator[Conversation]:
         stop(f"--source markdown:{folder} holds no .md file; name a folder of transcripts")
     for place, path in enumerate(paths):
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")      # a byte-order mark would hide the first turn's opening
         except UnicodeDecodeError as problem:
             line = problem.object[:problem.start].count(b"\n") + 1
             stop(f"{path}, line {line}: not UTF-8 text ({problem.reason}); convert the file")
@@ -149,21 +155,19 @@ def download(address: str, target: Path) -> None:
     """Fetch a zip to `target`, going on where an earlier attempt stopped; only a whole file gets its name.
 
     What is there already is kept if the server says that it still has the same file (strong ETag or date, by If-Range), else
-    fetched anew. A second process that wants the same file stops.
+    fetched anew. A second process that wants the same file stops; the lock's file stays, as lock_run's does.
     """
-    part, mark, locked = (target.with_name(target.name + ending) for ending in (".part", ".part.etag", ".part.lock"))
+    part, mark, locked = (target.with_name(target.name + ending) for ending in (".part", ".part.etag", ".lock"))
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             stop(f"another process is downloading {address}; wait for it and start again")
-        try:
+        if not target.is_file():                             # another process may have been faster
             fetch(address, part, mark)
             part.replace(target)
             mark.unlink()
-        finally:
-            locked.unlink(missing_ok=True)
 
 
 def fetch(address: str, part: Path, mark: Path) -> None:
@@ -280,7 +284,7 @@ def load_corpus(path: Path) -> tuple[Corpus, dict[str, list]]:
     """Read a corpus once, line by line, and resolve who answers whom.
 
     Reported by file and line, not fatal, as real corpora have them: an id that stands there twice (the first is kept), an answer to an
-    utterance that is missing or in another conversation (it begins a chain), and cycles (left out).
+    utterance that is missing or in another conversation (it begins a chain), cycles (left out), and a speaker without a name.
     """
     corpus = Corpus(bytearray(), array("q"), array("i"), array("i"), array("i"), array("d"), [], [])
     rows, speakers, conversations = {}, {}, {}
@@ -299,9 +303,13 @@ def load_corpus(path: Path) -> tuple[Corpus, dict[str, list]]:
                 stop(f"{name}, line {number}: not an utterance of ConvoKit's format, which has id, speaker, conversation_id, reply_to, text ({type(problem).__name__}: {problem})")
             if not all(isinstance(value, str) for value in (key, who, thread)) or not isinstance(text, str | None) or not isinstance(answers, str | None):
                 stop(f"{name}, line {number}: id, speaker, conversation_id and text must be texts, reply_to a text or null")
+            if not thread.strip():
+                stop(f"{name}, line {number}: the id of the conversation must not be empty")
             if key in rows:
                 keep_problem(problems, "ids that stand there twice; the first is kept", f"{name}, line {number}: {key!r}")
                 continue
+            if not who.strip():
+                keep_problem(problems, "utterances without a speaker's name; they stand in contexts and are never modelled", f"{name}, line {number}: {key!r}")
             found = rows.get(answers, -1)                    # before it has its own row: an utterance may claim to answer itself
             rows[key] = len(corpus.ends)
             corpus.texts += (text or "").encode("utf-8", "replace")
@@ -398,10 +406,16 @@ DOMAINS = {
     "podcast": Domain("markdown:transcripts/practicalai", ("Daniel Whitenack", "Chris Benson"), f"A podcast about machine learning. {PERSON} is one of its hosts.", ("links", "stage directions", "emphasis")),
 }
 
+# Escaped brackets are a transcriber's, whatever they hold. Others hold words of people too, so there it must be a sound, a break or a time.
+SOUND = r"(?:\w{1,20} )?(?:laughs|laughing|laughter|chuckles|applause|cheers|inaudible|unintelligible|indiscernible|cross-?talk)(?:(?: and|,) \w{1,20})?"
+BREAK = r"music|pause|recess|silence|no response"
+TIME = r"\d\d?(?::\d\d){1,2}(?:\.\d+)?"
+DIRECTION = re.compile(rf"\\\[[^\[\]\n]{{0,60}}\\\]|(?<!\w)\[(?i:{SOUND}|{BREAK}|(?={TIME}))\.?(?: ?{TIME})?\](?![\w(])|\((?=[A-Z])(?i:{SOUND}|{BREAK})\.?(?: {TIME})?\)")
+
 # What each domain needs and no more. A rule takes a text and returns it without what the rule removes; "deleted" is handled where threads are tidied.
 CLEANING: dict[str, Callable[[str], str]] = {
-    # \[laughter\], [08:10], \[unintelligible 00:06:03.11\], (Laughter.); not x[0], [t]he or [sic]
-    "stage directions": lambda text: re.sub(r"\\\[[^\[\]\n]{0,60}\\\]|(?<!\w)\[(?!sic\b)[^\[\]\n]{2,60}\](?!\w)|\((?:Laughter|Applause|Inaudible|Recess|Pause|Crosstalk)[^()\n]{0,20}\)", " ", text),
+    # \[laughter\], [08:10], \[unintelligible 00:06:03.11\], (Laughter.); not [t]he, [sic], [the Court], [1], a link or (Recess Appointments Clause)
+    "stage directions": lambda text: DIRECTION.sub(" ", text),
     "quoted lines": lambda text: re.sub(r"(?m)^[^\S\n]*(?:>|&gt;).*$", " ", text),
     "links": lambda text: re.sub(r"https?://\S+", " ", re.sub(r"\[([^\[\]\n]{0,300})\]\((?:[^()\n]|\([^()\n]{0,300}\)){0,2000}\)", r"\1", text)),
     "emphasis": lambda text: re.sub(r"(?<![\w*_`])(\*{1,3}|_{1,3}|`|~~)(?=\S)([^*_`~\n]+?)(?<=\S)\1(?![\w*_`])", r"\2", text),
@@ -409,7 +423,8 @@ CLEANING: dict[str, Callable[[str], str]] = {
 }
 DELETED = ("[deleted]", "[removed]")
 # Names that many or no people share: closed accounts, bots, voices that a transcript could not tell. Never modelled, never joined.
-NOBODY = frozenset(("[deleted]", "[removed]", "[missing]", "DeltaBot", "AutoModerator", "<INAUDIBLE>"))
+MISSING = "[missing]"                                      # who speaks without a name
+NOBODY = frozenset(("[deleted]", "[removed]", MISSING, "DeltaBot", "AutoModerator", "<INAUDIBLE>"))
 
 
 @dataclass
@@ -427,7 +442,8 @@ def tidy(turns: list[tuple], rules: Iterable[str], counts: Counter) -> list[Turn
     """Turns with clean text on one line; empty ones are left out, and turns of one speaker in a row become one.
 
     What answered an empty turn answers what that one answered. A reply is joined to a turn of the same speaker only if
-    nothing else answers that turn. What answers a deleted turn begins a new chain: what it answers is not known.
+    nothing else answers that turn. What answers a deleted turn begins a new chain: what it answers is not known. A turn whose
+    speaker has no name is nobody's, and stays where it is.
     """
     kept: list[Turn] = []
     place: list[int | None] = []                             # of each turn given, in `kept`
@@ -435,6 +451,9 @@ def tidy(turns: list[tuple], rules: Iterable[str], counts: Counter) -> list[Turn
     parents = [turn[2] if len(turn) > 2 else number - 1 if number else None for number, turn in enumerate(turns)]
     replies = Counter(parents)
     for number, (speaker, text, *_) in enumerate(turns):
+        if not speaker.strip():
+            counts["a speaker without a name"] += 1
+            speaker = MISSING
         above = parents[number]
         answers = None if above is None else place[above]
         if "deleted" in rules and text.strip() in DELETED:
@@ -524,11 +543,11 @@ def split_conversations(conversations: list[tuple[str, str | None, list[Turn]]],
     """Give each conversation of `users` to train, val or test, a person at a time.
 
     A person's conversations are ordered by time, or by a seeded shuffle if any has none; the last share `test` is the
-    test split, the share `val` before it validation, A conversation shared by two of them stays with the first.
+    test split, the share `val` before it validation. A conversation shared by two of them stays with the first.
     """
     splits: dict[str, str] = {}
     for user in users:
-        mine = [(at, name) for name, at, turns in conversations if any(turn.speaker == user and turn.answers is not None for turn in turns)]
+        mine = list(dict.fromkeys((at, name) for name, at, turns in conversations if any(turn.speaker == user and turn.answers is not None for turn in turns)))
         random.Random(seed).shuffle(mine)
         if all(at is not None for at, _ in mine):
             mine.sort()
@@ -545,10 +564,13 @@ def make_pairs(conversations: list[tuple[str, str | None, list[Turn]]], users: l
     """Every reply of `users` with its context, and a count of what was left out by reason.
 
     A context is cut at whole turns from the oldest, to `turns` turns and `context_tokens` tokens; `cut` in the row says
-    how many turns are missing. An action is never cut: one that is too long is left out.
+    how many turns are missing. An action is never cut: one that is too long is left out. Ids differ also where a source names
+    two conversations alike.
     """
-    pairs, dropped, seen = [], Counter(), set()
+    pairs, dropped, seen, parts = [], Counter(), set(), Counter()
     for name, _, turns in progress([some for some in conversations if some[0] in splits], "making pairs"):
+        parts[name] += 1
+        again = f"{parts[name]}." if parts[name] > 1 else ""
         for place, turn in enumerate(turns):
             if turn.speaker not in users or turn.answers is None:
                 continue
@@ -564,7 +586,7 @@ def make_pairs(conversations: list[tuple[str, str | None, list[Turn]]], users: l
             else:
                 seen.add(key)
                 context = [{"speaker": above.speaker, "text": above.text} for above in chain_of(turns, place, limits["turns"])]
-                row = {"id": f"{limits['source']}/{name}/{place}", "user": turn.speaker, "conversation": name,
+                row = {"id": f"{limits['source']}/{name}/{again}{place}", "user": turn.speaker, "conversation": name,
                        "split": splits[name], "context": context, "action": turn.text, "cut": turn.depth - len(context)} | limits["setting"]
                 if fitting := cut_context(tokenizer, row, limits["context_tokens"]):
                     pairs.append(fitting)
@@ -652,8 +674,8 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--pseudonymise", action="store_true", help="replace the names of people by roles in all rows")
     group.add_argument("--list-users", action="store_true", help="print who is in the source and how often each replies, and stop")
     group = parser.add_argument_group("what makes a pair")
-    group.add_argument("--max-context-turns", type=positive_int, default=6, help="turns before the action (default: %(default)s)")
-    group.add_argument("--max-context-tokens", type=positive_int, default=96, help="tokens of the model in a context (default: %(default)s)")
+    group.add_argument("--max-context-turns", type=positive_int, default=6, help="turns before the action, at most (default: %(default)s)")
+    group.add_argument("--max-context-tokens", type=positive_int, default=96, help="tokens in a context, at most, by the model's tokenizer (default: %(default)s)")
     group.add_argument("--min-action-words", type=positive_int, default=8, help="words in an action, at least; fewer give nothing to reconstruct (default: %(default)s)")
     group.add_argument("--max-action-tokens", type=positive_int, default=32, help="tokens in an action, at most (default: %(default)s)")
     group = parser.add_argument_group("splits, as shares of each person's conversations (and of the pairs under --limit)")
@@ -667,7 +689,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.source is None:
         args.source = domain.source
     elif not args.domain:                                    # without a preset, what the format itself needs
-        domain.clean = {"markdown": DOMAINS["podcast"].clean, "convokit": ("deleted",)}.get(args.source.partition(":")[0], ())
+        domain.clean = {"markdown": DOMAINS["podcast"].clean, "convokit": ("deleted", "stage directions")}.get(args.source.partition(":")[0], ())
     args.setting = args.setting or domain.setting
     started = time.monotonic() if args.list_users else begin_run(args.run, args.max_memory)
     source = Source(args.source, domain.clean, args.sha256)
@@ -685,8 +707,10 @@ def main(argv: list[str] | None = None) -> None:
     users = choose_people(args.user or [], domain.people, replies, args.source)
     conversations = [some for some in source if any(turn.speaker in users and turn.answers is not None for turn in some[2])]
     for user in users:
-        if (found := sum(any(turn.speaker == user and turn.answers is not None for turn in turns) for _, _, turns in conversations)) < 3:
+        if (found := len({name for name, _, turns in conversations if any(turn.speaker == user and turn.answers is not None for turn in turns)})) < 3:
             stop(f"--user {user} replies in {found} conversation{'s' * (found != 1)} of {args.source}; three are needed, one each for train, val and test")
+    if repeated := len(conversations) - len({name for name, _, _ in conversations}):
+        print(f"{repeated} conversations have the id of another one: those of one id stay in one split")
     if any(at is None for _, at, _ in conversations):
         print("some conversations have no time: the splits of their people are random, not by date")
     splits = split_conversations(conversations, users, args.val_share, args.test_share, args.seed)

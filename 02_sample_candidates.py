@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     source, output = args.run / "pairs.jsonl", args.run / "candidates.jsonl"
     pairs = read_pairs(source)[:args.limit]
     remote = args.model.startswith(REMOTE)
-    record = made_with(args, [source], ["synthesis"], ignore=("concurrency",), **({"server": server_address()} if remote else {}))
+    record = made_with(args, [source], ["synthesis"], ignore=("concurrency", *(["batch"] if remote else [])), **({"server": server_address()} if remote else {}))
     done = finished_rows(output, record, args.overwrite, ("id", "candidates"), [pair["id"] for pair in pairs])
     if pairs and len(done) == len(pairs):
         print(f"02_sample_candidates: {output} is already made ({len(done)} rows)")

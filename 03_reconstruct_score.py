@@ -12,7 +12,7 @@ and the leak guard, which no score is trusted without, because a trace that quot
 
     leak         share of the action's 4-grams that stand in the trace but not in the context
     reworded     how much of the action the trace gives away in other words or forms (see common.guard_traces)
-    stopped      true if either is too high; selection and GRPO put a stopped trace behind every other
+    stopped      true if either is too high; selection takes such a trace last, and in GRPO it earns less than the average honest one
 
     in     RUN/pairs.jsonl, RUN/candidates.jsonl
     out    RUN/scores.jsonl             id, candidates [{… leak, reworded, stopped, reconstruction, scores, logprob_sum}],
@@ -31,7 +31,7 @@ How to run it:
     python 03_reconstruct_score.py --model openai:NAME --scorers embedding,judge          reconstructed there as well
 
 The summary's controls say whether a score measures anything: how often a pair's own trace beats another pair's (AUC;
-0.5 is noise), whether the score merely follows length or leaks, and in how many pairs no trace beats no trace at all.
+0.5 is noise), whether the score merely follows length or leaks, and in how many pairs not one trace scores above having no trace.
 The judge sees neither the other pair's trace nor the one without a trace, so it has no AUC here (benchmarks/scoring.py has).
 
 Departures from the paper: it scores with a judge alone, in 2N + 1 model calls a pair (N traces, N reconstructions, one
@@ -48,7 +48,7 @@ from typing import Any
 from common import (ASPECTS, REMOTE, Group, Portions, Row, Server, append_rows, batches_by_length, begin_output, begin_run, bootstrap_interval, check_made_from,
                     clean_action, closing_line, cut_context, decode, digit_tokens, discard, embed, encode_data, encode_prompt, end_output, finished_rows, gather,
                     generate, guard_traces, judge_locally, judge_remotely, leave_to_first, likelihood_scores, load_encoder, load_model, load_writer, made_with,
-                    messages_of, open_server, other_pairs, part_of, positive_int, progress, read_candidates, read_pairs, reconstruction_prompt, run_stage, seed_of,
+                    messages_of, open_server, other_pairs, part_of, positive_int, progress, read_candidates, read_object, read_pairs, reconstruction_prompt, run_stage, seed_of,
                     server_address, server_arguments, share, show_context, show_rate, show_scene, stage_arguments, stop, stop_unanswered, write_text)
 
 SCORERS = ("likelihood", "embedding", "judge")
@@ -252,7 +252,7 @@ def print_summary(summary: Row) -> None:
     for name, row in summary["controls"].items():
         own = " -> ".join(show_rate(part["auc"], part["ci95"]) if part else "none" for part in (row["own_over_other"], row["own_over_other_guarded"]))
         follows = ", ".join(f"{what} {row[f'correlation_with_{what}']:+.2f}" for what in ("length", "leak", "rewording") if row[f"correlation_with_{what}"] is not None)
-        loses = "" if row["pairs_where_no_trace_wins"] is None else f"; no trace beats no trace in {row['pairs_where_no_trace_wins']:.0%} of pairs"
+        loses = "" if row["pairs_where_no_trace_wins"] is None else f"; not one trace above having no trace in {row['pairs_where_no_trace_wins']:.0%} of pairs"
         print(f"{name}: " + (f"own trace over another pair's {own} (behind the guard); " if row["own_over_other"] else "") + (f"correlation with {follows}" if follows else "no correlation to be had") + loses)
     if judged := calls.get("judgements"):
         print(f"judge: {calls['traces']} traces + {calls['reconstructions']} reconstructions + {judged} judgements = {calls['traces'] + calls['reconstructions'] + judged} model calls "
@@ -317,14 +317,15 @@ def main(argv: list[str] | None = None) -> None:
     work = [pair for name, pair in pairs.items() if name in found][:args.limit]
     prompts = ["reconstruction", "reconstruction_no_trace", "transcript", "transcript_no_trace", *(["judge"] if "judge" in scorers else [])]
     at_server = {"server": server_address()} if writing_remotely or judged_by.startswith(REMOTE) else {}
-    record = made_with(args, sources, prompts, ignore=("seed", "keep_token_logprobs", "concurrency"), **at_server)
+    record = made_with(args, sources, prompts, ignore=("seed", "keep_token_logprobs", "concurrency", *(["batch"] if writing_remotely else [])), **at_server)
     keys, expected = ("id", "candidates", "baseline"), [pair["id"] for pair in work]
     done = finished_rows(output, record, args.overwrite, keys, expected)
     kept = finished_rows(side, record, args.overwrite or not done, ("id", "baseline", "candidates"), expected) if args.keep_token_logprobs else {}
     if args.keep_token_logprobs and (lost := next((name for name in done if name not in kept), None)):
         stop(f"{side} lacks the log-probs of {lost}, which {output} holds already; pass --overwrite")
     summary = args.run / "scores.summary.json"
-    if done and summary.exists() and len(done) + len(json.loads(summary.read_text(encoding="utf-8"))["left_out"]) == len(work):
+    told = read_object(summary, "left_out")
+    if done and told and len(done) + len(told["left_out"]) == len(work):
         print(f"03_reconstruct_score: {output} is already made ({len(done)} rows)")
         return
 

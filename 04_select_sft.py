@@ -17,8 +17,8 @@ How to run it:
     accelerate launch 04_select_sft.py                         each GPU takes its share of every batch
 
 Departures from the paper: training settings are not public; these are common ones for LoRA. One model serves all
-people of the run, told apart by their id in the prompt. A candidate that the leak guard stopped is chosen only if all
-of a pair's candidates were; then it is the one that gives least away.
+people of the run, told apart by their id in the prompt. A candidate that the leak guard stopped is chosen (but by
+backward) only if all of a pair's candidates were; then it is the one that gives least away.
 """
 
 import argparse
@@ -41,7 +41,7 @@ SAVE_SECONDS = 120                                         # between checkpoints
 
 
 def choose_trace(arm: str, row: Row, score: str) -> Row:
-    """The trace row {id, trace, k, score, leak} of an arm for one scored pair; ties go to the earlier candidate."""
+    """The trace row {id, trace, k, score, leak, stopped} of an arm for one scored pair; ties go to the earlier candidate."""
     candidates = row["candidates"]
     if arm == "none":
         return {"id": row["id"], "trace": None, "k": None, "score": row["baseline"].get(score), "leak": 0.0, "stopped": False}

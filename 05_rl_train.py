@@ -272,7 +272,7 @@ def average(rows: Sequence[Row], key: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def validate(model: Any, tokenizer: Any, encoder: Any, prompt_of: Callable, rate: Callable, pairs: Sequence[Row], args: argparse.Namespace) -> Row:
+def validate(model: Any, tokenizer: Any, encoder: Any, prompt_of: Callable, rate: Callable, pairs: Sequence[Row], args: argparse.Namespace, portions: Portions) -> Row:
     """The same measurements on fixed held-out pairs, of greedy completions (val_…) and of sampled ones (val_sampled_…).
 
     `specific` is what a trace adds to its own pair's action minus what it adds to another pair's; `auc` is the share of
@@ -280,7 +280,7 @@ def validate(model: Any, tokenizer: Any, encoder: Any, prompt_of: Callable, rate
     """
     row: Row = {}
     prompts = {pair["id"]: prompt_of(pair) for pair in pairs}
-    others, portions = other_pairs(pairs, pairs, "val"), Portions()
+    others = other_pairs(pairs, pairs, "val")
     for kind in ("val", "val_sampled"):
         completions: dict[str, list[Completion]] = {}
         for batch in batches_by_length(pairs, lambda pair: len(prompts[pair["id"]]), 16):
@@ -346,11 +346,11 @@ def train(base: Any, tokenizer: Any, encoder: Any, pairs: Sequence[Row], held_ou
     while len(order) < args.steps * args.prompts:
         order += random.Random(seed_of(args.seed, "05", len(order))).sample(list(pairs), len(pairs))
 
-    sampled, portions = 0, Portions()
+    sampled, portions, validating = 0, Portions(), Portions()
     for step in progress(range(first, args.steps), f"GRPO ({args.objective})", save=lambda: save_checkpoint(checkpoint, model, optimizer, step + 1, so_far)):
         row: Row = {"objective": args.objective, "step": step}
         if step % args.val_every == 0:
-            row |= validate(model, tokenizer, encoder, prompt_of, rate, held_out, args)
+            row |= validate(model, tokenizer, encoder, prompt_of, rate, held_out, args, validating)
         clock = time.monotonic()
         batch = order[step * args.prompts:(step + 1) * args.prompts]
         prompts = [prompt_of(pair) for pair in batch]
@@ -385,7 +385,7 @@ def train(base: Any, tokenizer: Any, encoder: Any, pairs: Sequence[Row], held_ou
             stop(f"the gradient was not finite in three steps in a row (see {log}); start again with a lower --lr and --overwrite")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             save_checkpoint(checkpoint, model, optimizer, step + 1, so_far)
-    row = {"objective": args.objective, "step": args.steps} | validate(model, tokenizer, encoder, prompt_of, rate, held_out, args)
+    row = {"objective": args.objective, "step": args.steps} | validate(model, tokenizer, encoder, prompt_of, rate, held_out, args, validating)
     write_text(log, "".join(map(dump_row, [*lines, row])))
     if process_rank() == 0:
         draw_curves([*lines, row], args.run / "rl.png")
@@ -474,7 +474,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--val-every", type=positive_int, default=10, help="steps between looks at held-out pairs (default: %(default)s)")
     group.add_argument("--save-every", type=positive_int, default=2, help="steps between checkpoints (default: %(default)s)")
     group = parser.add_argument_group("traces by the trained synthesizer")
-    group.add_argument("--retries", type=positive_int, default=4, help="samples a pair until one passes the leak guard (default: %(default)s)")
+    group.add_argument("--retries", type=positive_int, default=4, help="samples a pair, at most, until one passes the leak guard (default: %(default)s)")
     group.add_argument("--trace-batch", type=positive_int, default=32, help="pairs sampled at once (default: %(default)s)")
     select_sft.add_fit_arguments(parser)
     args = parser.parse_args(argv)

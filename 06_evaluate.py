@@ -1,9 +1,11 @@
 """Stage 6: each arm's user model acts on held-out pairs, and a judge compares the arms.
 
-    in     RUN/pairs.jsonl, RUN/models/ARM/; for the reconstructions: RUN/scores.jsonl; for the report: RUN/rl.jsonl, RUN/costs.jsonl
-    out    RUN/predictions/ARM.jsonl        id, trace, action, action_logprob
+    in     RUN/pairs.jsonl, RUN/models/ARM/; for the reconstructions: RUN/scores.jsonl, RUN/traces/, RUN/models/synthesizer/;
+           for the report: RUN/rl.jsonl, RUN/costs.jsonl, RUN/scores.summary.json
+    out    RUN/predictions/ARM.jsonl        id, trace, finished, action, action_logprob
            RUN/reconstructions/ARM.jsonl    id, trace, reconstruction, stopped
            RUN/judgements.jsonl             what, id, a, b, order, winner
+           RUN/answers.jsonl                a language model's verdicts
            RUN/results.json                 arms, reconstructions, comparisons, reading, people, and what it all was made with
            RUN/report.html                  tables, plots and examples in one file that works offline
            RUN/human.html, RUN/human.key.jsonl      with --human-sheet: a blind page for people, and what it hides
@@ -32,6 +34,7 @@ in a summary of the paper); an encoder sees topic and wording, less of style and
 
 import hashlib
 import importlib
+import importlib.metadata
 import json
 import math
 import os
@@ -50,8 +53,8 @@ import torch
 from common import (END_THINK, FEWEST, MIN_P, PROMPTS, REMOTE, Portions, Row, Server, append_rows, batches_by_length, begin_output, begin_run, bootstrap_interval,
                     check_adapter, check_made_from, clean_action, close_trace, closing_line, cut_torn_line, decode, discard, dump_row, embed, encode_data,
                     encode_prompt, end_output, file_hash, finished_rows, fraction, gather, generate, leave_to_first, load_adapter, load_encoder, load_model,
-                    made_with, messages_of, one_line, open_server, packed_logits, packed_logprobs, part_of, positive_float, positive_int, process_count, progress,
-                    quantiles, read_candidates, read_pairs, read_rows, record_of, run_stage, seed_of, server_address, server_arguments, settle_folder, share,
+                    made_with, messages_of, one_line, open_server, packed_logits, packed_logprobs, part_of, positive_float, positive_int, process_count, process_rank,
+                    progress, quantiles, read_candidates, read_object, read_pairs, read_rows, record_of, run_stage, seed_of, server_address, server_arguments, settle_folder, share,
                     show_context, show_rate, show_scene, stage_arguments, stop, stop_unanswered, user_prompt, wait_for_all, words_of, write_output, write_text)
 
 reconstruct_score = importlib.import_module("03_reconstruct_score")
@@ -60,7 +63,7 @@ rl_train = importlib.import_module("05_rl_train")
 
 ARMS = ("none", "backward", "recon", "recon-grpo", "e2e-grpo", "shuffled", "longest", "worst")
 WHATS = ("actions", "reconstructions")
-PREDICTED, REBUILT = ("id", "trace", "finished", "action", "action_logprob"), ("id", "trace", "reconstruction", "stopped")
+PREDICTED, REBUILT, COSTS = ("id", "trace", "finished", "action", "action_logprob"), ("id", "trace", "reconstruction", "stopped"), ("stage", "rows", "seconds", "tokens")
 Base = Callable[[str, bool | None], tuple[Any, Any]]         # load_model, see one_at_a_time
 
 
@@ -171,10 +174,9 @@ def score_of(run: Path, arm: str, scored: Sequence[Row]) -> str:
 def reconstruct_all(args: Namespace, base: Base, servers: dict[str, Server], pairs: Sequence[Row], scores: Path, scored: Sequence[Row]) -> tuple[dict[str, dict[str, Row]], int]:
     """(reconstructions by arm and id, tokens read or written) from each arm's traces for the held-out pairs that stage 3 scored.
 
-    Written by the model that scored, which need not be the one that user models were fitted on; if a server has it, it is asked
-    there and joins `servers`. Arm recon-grpo's traces
-    are written here, by the trained synthesizer, as stage 5 wrote those of the train split; it is left out if the
-    synthesizer was trained on another model. Appends to reconstructions/ARM.jsonl.
+    Written by the model that scored, which need not be the one that user models were fitted on; if a server has it, it is
+    asked there and joins `servers`. Arm recon-grpo's traces are written here, by the trained synthesizer, as stage 5 wrote
+    those of the train split; it is left out if the synthesizer was trained on another model. Appends to reconstructions/ARM.jsonl.
     """
     scoring, encoder = record_of(scores)["arguments"], None
     written, synthesizer = args.run / "traces" / "recon-grpo.jsonl", args.run / "models" / "synthesizer"
@@ -279,15 +281,19 @@ def local_judge(name: str, model: Any, tokenizer: Any) -> Judge:
     if any(len(ids) != 1 for ids in letters):
         stop(f"the tokenizer of --judge {name} does not write A and B as single tokens; choose another judge")
 
+    portions = Portions()
+
     @torch.inference_mode()
-    def ask(context: str, action: str, questions: Sequence[tuple[str, str]]) -> list[str | None]:
+    def leads(context: str, action: str, questions: Sequence[tuple[str, str]]) -> list[float]:
         prompts = [sum(encode_prompt(tokenizer, "comparison", context=context, action=one_line(action), first=one_line(first), second=one_line(second)), []) for first, second in questions]
         shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
         suffixes = [ids[shared:] for ids in prompts]
         logits, rows = packed_logits(model, prompts[0][:shared], [[*ids, letters[0][0]] for ids in suffixes], list(map(len, suffixes)))
-        lead = (logits[:, letters[0][0]] - logits[:, letters[1][0]])[torch.cat(rows)].tolist()                          # [questions]
+        return (logits[:, letters[0][0]] - logits[:, letters[1][0]])[torch.cat(rows)].tolist()                          # [questions]
+
+    def ask(context: str, action: str, questions: Sequence[tuple[str, str]]) -> list[str | None]:
         judge.calls += len(questions)
-        return ["first" if value > 0 else "second" if value < 0 else "tie" for value in lead]
+        return ["first" if value > 0 else "second" if value < 0 else "tie" for value in portions.run(lambda some: leads(context, action, some), questions)]
 
     judge = Judge(name, ("ab", "ba"), ask)
     return judge
@@ -335,17 +341,28 @@ def family(model: str) -> str | None:
     return next((family for family in FAMILIES if family in name), None)
 
 
+def read_answers(path: Path) -> dict[str, str]:
+    """{hash of the question: first, second or tie} of answers.jsonl."""
+    known: dict[str, str] = {}
+    for number, row in enumerate(read_rows(path, ("answers",)), start=1):
+        if not all(answer in ("first", "second", "tie") for answer in row["answers"].values()):
+            stop(f"{path}, line {number}: an answer must be first, second or tie; remove this line, and its questions are asked again")
+        known |= row["answers"]
+    return known
+
+
 def judge_pairs(judge: Judge, what: str, pairs: Sequence[Row], texts: dict[str, dict[str, str]], comparisons: Sequence[tuple[str, str]], answers: Path) -> list[Row]:
     """A row {what, id, a, b, order, winner} for each pair, comparison (a, b) and order; `texts` are by arm and pair id.
 
     Two equal texts tie unasked. A language model's answers are kept in the file `answers` under a hash of the judge and all that
-    it was told, so an answer is never asked for twice and never taken for another's.
+    it was told, so an answer is never asked for twice and never taken for another's. A pair's answers stand in one line: a local
+    judge reads a pair's questions in one forward, so after a crash all of them must be asked again, or rounding would differ.
     """
     asks_model = judge.orders != ("both",)
     known: dict[str, str] = {}
     if asks_model and answers.is_file():
         cut_torn_line(answers)
-        known = {row["question"]: row["answer"] for row in read_rows(answers, ("question", "answer"))}
+        known = read_answers(answers)
     rows = []
     for pair in progress(pairs, f"judging {what}") if asks_model else pairs:
         context, asked = show_scene(pair), {}
@@ -359,8 +376,8 @@ def judge_pairs(judge: Judge, what: str, pairs: Sequence[Row], texts: dict[str, 
         if new:
             said = judge.ask(context, pair["action"], new)
             known |= {key[question]: answer for question, answer in zip(new, said)}
-            if asks_model:
-                append_rows(answers, [{"question": key[question], "answer": answer} for question, answer in zip(new, said) if answer])
+            if asks_model and any(said):
+                append_rows(answers, [{"answers": {key[question]: answer for question, answer in zip(new, said) if answer}}])
         for (a, b, order), question in asked.items():
             answer = "tie" if question[0] == question[1] else known[key[question]]
             winner = {"first": "ba"[order != "ba"], "second": "ab"[order != "ba"]}.get(answer, answer)
@@ -876,7 +893,7 @@ if (Object.keys(data.reconstructions).length) {
 by("comparisons").append(table(["comparison", "of", "n", "win rate", "95 % interval", "by people", "p", "Holm", "identical", "flips", "unparsed", "similar length (n)", "longer wins (n)", "needed", "by person"],
   data.comparisons.map(r => [`${r.a} over ${r.b}`, r.what, r.n, rate(r), range(r.ci95), range(r.ci95_people), fixed(r.p), fixed(r.p_holm), r.identical ?? "", r.flip_rate === null ? "none" : percent(r.flip_rate), percent(r.unparsed),
     r.matched?.n ? `${rate(r.matched)} (${r.matched.n})` : "", r.longer_wins?.n ? `${rate(r.longer_wins)} (${r.longer_wins.n})` : "", r.needed ?? "",
-    Object.entries(r.by_person ?? {}).map(([person, part]) => `${person.slice(0, 8)} ${rate(part)}`).join(", ")]), []));
+    Object.entries(r.by_person ?? {}).map(([person, part]) => `${person.slice(0, 16)} ${rate(part)}`).join(", ")]), []));
 if (data.people) {
   by("people-part").hidden = false;
   by("people").append(table(["", "labels", "agreement", "95 % interval", "kappa", "95 % interval"], [["with_judge", "people and judge"], ["with_judge_decided", "the same, where both decided"],
@@ -932,12 +949,14 @@ for (const [name, sides] of Object.entries(data.distributions)) {
 {
   const stages = {};
   for (const row of data.costs) {
-    const sum = stages[row.stage] ??= {starts: 0, rows: 0, seconds: 0, tokens: 0};
+    const sum = stages[row.stage] ??= {starts: 0, rows: 0, seconds: 0, tokens: 0, requests: 0, read: 0, written: 0};
     sum.starts++; sum.rows += row.rows; sum.seconds += row.seconds; sum.tokens += row.tokens;
+    sum.requests += row.requests ?? 0; sum.read += row.prompt_tokens ?? 0; sum.written += row.completion_tokens ?? 0;
   }
-  by("cost").append(table(["stage", "starts", "rows", "seconds", "tokens", "tokens a second"], Object.entries(stages).map(([stage, sum]) =>
-    [stage, sum.starts, sum.rows, fixed(sum.seconds, 0), sum.tokens, sum.seconds ? fixed(sum.tokens / sum.seconds, 0) : ""]), []),
-    make("p", "Before this evaluation. " + (Object.keys(data.calls).length ? "Model calls of stages 2 and 3: " + Object.entries(data.calls).map(([name, count]) => `${count} ${name}`).join(", ") + "." : ""), "note"));
+  const asked = data.costs.some(row => row.requests);
+  by("cost").append(table(["stage", "starts", "rows", "seconds", "tokens", "tokens a second", ...(asked ? ["requests to a server", "tokens read there", "written there"] : [])], Object.entries(stages).map(([stage, sum]) =>
+    [stage, sum.starts, sum.rows, fixed(sum.seconds, 0), sum.tokens, sum.seconds ? fixed(sum.tokens / sum.seconds, 0) : "", ...(asked ? [sum.requests, sum.read, sum.written] : [])]), []),
+    make("p", `Model calls: ${Object.entries(data.calls).map(([name, count]) => `${count} ${name}`).join(", ")}.`, "note"));
 }
 let place = 0, shown = data.examples;
 for (const arm of arms) by("of-arm").append(make("option", arm));
@@ -1107,7 +1126,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     started = begin_run(args.run, args.max_memory)
-    source, scores, curves = (args.run / name for name in ("pairs.jsonl", "scores.jsonl", "rl.jsonl"))
+    source, scores = args.run / "pairs.jsonl", args.run / "scores.jsonl"
     pairs = [pair for pair in read_pairs(source) if pair["split"] == "test"][:args.limit]
     if not pairs:
         stop(f"{source} holds no pair of the test split; run 01_prepare.py with more pairs")
@@ -1128,24 +1147,37 @@ def main(argv: list[str] | None = None) -> None:
     prompts = ["user_model", "reconstruction", "reconstruction_no_trace", "comparison"]
     # Judging costs little beside acting, so another --versus or a new arm is judged anew; what models wrote or answered is kept.
     record = made_with(args, inputs, prompts, ignore=("human_sheet", "human_labels", "concurrency"), labels=[file_hash(path) for path in args.human_labels],
+                       scipy=importlib.metadata.version("scipy"),
                        **({"server": server_address()} if args.judge.startswith(REMOTE) else {}))
     judged, target, report = (args.run / name for name in ("judgements.jsonl", "results.json", "report.html"))
-    if not (args.overwrite or args.human_sheet) and all(path.is_file() for path in (judged, target, report)) and record_of(target) == record:
-        print_results(json.loads(target.read_text(encoding="utf-8")))
+    if not (args.overwrite or args.human_sheet) and all(path.is_file() for path in (judged, target, report)) and record_of(target) == record and (made := read_object(target)):
+        print_results(made)
         print(f"06_evaluate: {target} and {report} are already made")
         return
 
     if process_count() > 1 and scores.is_file() and record_of(scores)["arguments"]["model"].startswith(REMOTE):
         stop(f"{scores} was reconstructed by a server, which one process asks; start this stage without accelerate launch")
+    # What later steps read is looked at before models act for hours.
+    scored: list[Row] = []
+    if scores.is_file():
+        check_made_from(scores, source, "02_sample_candidates.py and 03_reconstruct_score.py")
+        scored = read_candidates(scores, "03_reconstruct_score.py", ("trace", "scores", "leak", "reworded", "stopped", "tokens"), ("baseline", "control"))
+    summary, costs, curves = (args.run / name for name in ("scores.summary.json", "costs.jsonl", "rl.jsonl"))
+    calls: dict[str, int] = {}
+    if summary.is_file():
+        if (told := read_object(summary, "calls")) is None:
+            stop(f"{summary} cannot be read; remove it and run 03_reconstruct_score.py, which makes it anew from the rows")
+        calls |= told["calls"]
+    if costs.is_file() and process_rank() == 0:
+        cut_torn_line(costs)
+        read_rows(costs, COSTS)
+    log = read_rows(curves, ("objective", "step")) if curves.is_file() else []
     base = one_at_a_time(load_model)                          # user model, reconstructor and judge may be one base
     # Opened now, as acting takes long and a key may be wrong.
     servers = {args.judge: open_server(args.judge, args.concurrency)} if args.judge.startswith(REMOTE) else {}
     predictions, tokens, reused = act_all(args, base, pairs, folders, source)
     rebuilt: dict[str, dict[str, Row]] = {}
-    scored: list[Row] = []
     if scores.is_file():
-        check_made_from(scores, source, "02_sample_candidates.py and 03_reconstruct_score.py")
-        scored = read_candidates(scores, "03_reconstruct_score.py", ("scores", "leak", "reworded", "stopped", "tokens"), ("baseline", "control"))
         held_out = {pair["id"] for pair in pairs}
         if some := [row for row in scored if row["id"] in held_out]:
             rebuilt, read = reconstruct_all(args, base, servers, pairs, scores, some)
@@ -1181,6 +1213,8 @@ def main(argv: list[str] | None = None) -> None:
     kin, scorer = family(args.judge), score_of(args.run, "recon", scored) if scored else None
     about = {"name": args.judge, "encoder": args.encoder, "margin": args.margin if args.judge == "encoder" else None, "orders": list(judge.orders),
              "same_family": args.judge != "encoder" and (args.judge == args.model or (kin is not None and kin == family(args.model)))}
+    if scorer == "judge":                                     # a score by whom
+        scorer = f"judge: {record_of(scores)['arguments']['judge'] or record_of(scores)['arguments']['model']}"
     made_by = lambda name: record_of(args.run / name)["arguments"]["model"] if (args.run / name).is_file() else None
     results |= {"comparisons": comparisons, "reading": read_results(comparisons, results["arms"], about, scorer),
                 "people": compare_people(args.human_labels, args.run, judgements, pairs, written["actions"], args.seed) if args.human_labels else None, "judge": about,
@@ -1188,11 +1222,7 @@ def main(argv: list[str] | None = None) -> None:
                          "conversations": len({pair["conversation"] for pair in pairs})},
                 "models": {"user_models": args.model, "scores": made_by("scores.jsonl"), "traces": made_by("candidates.jsonl")}, "scorer": scorer, "made_with": record}
     write_text(judged, "".join(map(dump_row, judgements)))
-    costs, calls = args.run / "costs.jsonl", args.run / "scores.summary.json"
     shorter = {key: {arm: {name: cell for name, cell in row.items() if name != "ids"} for arm, row in results[key].items()} for key in ("arms", "reconstructions")}
-    write_page(report, PAGE, {**results, **shorter, "versus": args.versus, "examples": make_examples(pairs, predictions, rebuilt, near, judgements, args.versus, scored),
-                              "distributions": distributions(scored), "rl": read_rows(curves, ("objective", "step")) if curves.is_file() else [],
-                              "costs": read_rows(costs) if costs.is_file() else [], "calls": json.loads(calls.read_text(encoding="utf-8"))["calls"] if calls.is_file() else {}})
     if args.human_sheet:
         against = [row for row in choose_comparisons(list(predictions), args.versus, False) if args.versus in row]
         items = choose_items(pairs, written["actions"], against, args.human_sheet, args.seed)
@@ -1202,12 +1232,16 @@ def main(argv: list[str] | None = None) -> None:
             print(f"a pair comes once on a sheet, so {len(items)} comparisons are all there are")
         write_sheet(args.run, pairs, written["actions"], items)
         print(f"human sheet: {args.run / 'human.html'} with {len(items)} comparisons; the key stays in human.key.jsonl")
-    write_output(target, json.dumps(results, indent=1), record)
     print_results(results)
     if judge.calls:
         print(f"judge: {judge.calls} calls made now, {len(judgements)} verdicts")
     print(f"report: {report}")
     closing_line(args.run, "06_evaluate", len(folders) * len(pairs), len(folders) * len(pairs), reused, started, tokens, servers.values())
+    # Behind that line, so that the report's costs have this stage too.
+    calls |= {"verdicts": len(judgements)} if judge.orders != ("both",) else {}
+    write_page(report, PAGE, {**results, **shorter, "versus": args.versus, "examples": make_examples(pairs, predictions, rebuilt, near, judgements, args.versus, scored),
+                              "distributions": distributions(scored), "rl": log, "costs": read_rows(costs, COSTS), "calls": calls})
+    write_output(target, json.dumps(results, indent=1), record)
 
 
 if __name__ == "__main__":

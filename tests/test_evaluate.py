@@ -108,7 +108,7 @@ def test_the_report_holds_no_markup_from_the_data_and_loads_nothing(tiny_run):
 
 
 @pytest.mark.parametrize("width", [420, 1100])
-def test_the_report_works_in_a_browser_without_a_console_message(tiny_run, browser, width):
+def test_the_report_works_in_a_browser_without_a_console_message(tiny_run, browser, width, tmp_path):
     browser.open(tiny_run / "report.html", width)
     assert browser.value("document.body.textContent.includes('recon-grpo over backward')") and browser.value("document.querySelectorAll('circle').length") >= 14
     assert browser.value("document.querySelector('#examples .turns').textContent.includes('</script><script>')") and browser.value("document.images.length") == 0
@@ -121,6 +121,19 @@ def test_the_report_works_in_a_browser_without_a_console_message(tiny_run, brows
         counts.append(0 if text == "none like this" else int(text.split()[-1]))
     arm = json.loads((tiny_run / "results.json").read_text())["arms"]["none"]
     assert counts == [arm["wins"], arm["ties"], arm["losses"], total]
+    stopped = sum(any(candidate["stopped"] for candidate in row["candidates"]) for row in common.read_rows(tiny_run / "scores.jsonl") if row["id"] in arm["ids"])
+    for which, expected in (("stopped", stopped), ("passed", total - stopped), ("", total)):
+        browser.value(f"(by('of-leak').value = '{which}', by('of-leak').onchange())")
+        assert browser.value("by('place').textContent") == (f"1 of {expected}" if expected else "none like this")
+    stages = {row["stage"] for row in common.read_rows(tiny_run / "costs.jsonl")}
+    assert "06_evaluate" in stages and all(browser.value(f"by('cost').textContent.includes('{name}')") for name in (*stages, "reconstructions"))
+    assert [browser.value(f"document.querySelectorAll('#{part} svg').length") for part in ("scores", "curve", "actions-plot", "reconstructions-plot")] == [3, 5, 1, 1]         # e2e has no traces that could leak
+    colours = []
+    for scheme in ("light", "dark"):
+        browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        colours.append(browser.value("[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color].join()"))
+        browser.screenshot(tmp_path / f"report-{width}-{scheme}.png")                     # to look at, with pytest --basetemp
+    assert len(set(colours)) == 2
     browser.press("ArrowRight")
     assert browser.value("by('place').textContent") == f"2 of {total}" and not browser.console
 
@@ -251,3 +264,40 @@ def test_an_interrupted_stage_goes_on_and_ends_with_the_same_bytes(stage, tiny_r
             (run / "results.json").unlink()
         stage(module).main([*common_arguments, *more])
         assert (run / name).read_bytes() == whole
+
+
+def test_a_damaged_file_is_named_before_any_model_acts_and_a_torn_line_of_costs_is_cut(stage, tiny_run, tiny_folder, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    (run / "results.json").unlink()
+    evaluate = stage("06_evaluate")
+    arguments = ["--run", str(run), "--model", str(tiny_folder), *SHORT]
+    scored, summary = (run / "scores.jsonl").read_bytes(), (run / "scores.summary.json").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate, "load_model", lambda *args: pytest.fail("a model was loaded"))
+        (run / "scores.summary.json").write_text("{")
+        with pytest.raises(SystemExit):
+            evaluate.main(arguments)
+        assert "scores.summary.json cannot be read" in capsys.readouterr().err
+        (run / "scores.summary.json").write_bytes(summary)
+        rows = [json.loads(line) for line in scored.splitlines()]
+        rows[1]["control"] = {}
+        (run / "scores.jsonl").write_text("".join(map(common.dump_row, rows)))
+        patched.setattr(evaluate, "check_made_from", lambda *args: None)
+        with pytest.raises(SystemExit):
+            evaluate.main(arguments)
+        assert "scores.jsonl, line 2: 'control' must hold 'scores'" in capsys.readouterr().err
+    (run / "scores.jsonl").write_bytes(scored)
+    with (run / "costs.jsonl").open("a") as file:
+        file.write('{"stage": "02_sam')
+    evaluate.main(arguments)
+    assert (run / "results.json").is_file() and all(row["stage"] for row in common.read_rows(run / "costs.jsonl"))
+
+
+def test_a_damaged_summary_of_scores_is_made_anew_from_the_rows(stage, tiny_run, tiny_folder, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    whole, rows = (run / "scores.summary.json").read_bytes(), (run / "scores.jsonl").read_bytes()
+    (run / "scores.summary.json").write_bytes(whole[:40])
+    stage("03_reconstruct_score").main(["--run", str(run), "--model", str(tiny_folder), "--max-action-tokens", "6", "--batch", "5"])
+    assert (run / "scores.summary.json").read_bytes() == whole and (run / "scores.jsonl").read_bytes() == rows

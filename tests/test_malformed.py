@@ -18,7 +18,7 @@ WRONG = [None, 5, True, [], {}, [[]], "", " ", "\x00", -1.5]
 @pytest.fixture(scope="module")
 def readers(stage):
     """name: (function of a path, a good row, the keys it needs, and for each the values that are wrong for it)"""
-    prepare = stage("01_prepare")
+    prepare, evaluate = stage("01_prepare"), stage("06_evaluate")
     not_text, not_number = [value for value in WRONG if not isinstance(value, str)], [value for value in WRONG if not isinstance(value, int | float)]
     texts = lambda *keys: dict.fromkeys(keys, not_text)
     pair_wrong = dict.fromkeys(("id", "user", "conversation", "action", "context", "split"), [value for value in WRONG if value != "\x00"]) | {"setting": not_text, "cut": [value for value in WRONG if not isinstance(value, int)]}
@@ -26,16 +26,18 @@ def readers(stage):
     wrong_candidates = [[], {}, None, "x", [5], [None], [CANDIDATE, {}], *([CANDIDATE | {key: value}] for key, values in in_candidate.items() for value in values)]
     return {
         "pairs": (common.read_pairs, make_pair(), common.PAIR_KEYS, pair_wrong),
-        "scores": (lambda path: common.read_candidates(path, "03", tuple(CANDIDATE), ("baseline", "control")), {"id": "a", "candidates": [CANDIDATE], "baseline": {}, "control": {}},
-                   ("id", "candidates", "baseline", "control"), {"id": not_text, "candidates": wrong_candidates, "baseline": [[], "x", 5, None], "control": [[], "x", 5, None]}),
+        "scores": (lambda path: common.read_candidates(path, "03", tuple(CANDIDATE), ("baseline", "control")), {"id": "a", "candidates": [CANDIDATE], "baseline": {}, "control": {"scores": {"unsaid": 0.1}}},
+                   ("id", "candidates", "baseline", "control"), {"id": not_text, "candidates": wrong_candidates, "baseline": [[], "x", 5, None], "control": [[], "x", 5, None, {}, {"scores": 5}, {"scores": {"unsaid": "high"}}]}),
         "finished": (lambda path: common.finished_rows(path, {}, False, ("id", "trace", "finished"), ["a"]), {"id": "a", "trace": "x", "finished": True}, ("id", "trace", "finished"),
                      {"id": WRONG, "trace": [5, [], {}], "finished": [None, 5, [], "x"]}),
-        "answers": (lambda path: common.read_rows(path, ("question", "answer")), {"question": "q", "answer": "tie"}, ("question", "answer"), texts("question", "answer")),
+        "answers": (evaluate.read_answers, {"answers": {"q": "tie"}}, ("answers",), {"answers": [[], "x", 5, None, {"q": "maybe"}, {"q": []}, {"q": None}]}),
+        "costs": (lambda path: common.read_rows(path, evaluate.COSTS), {"stage": "03", "rows": 4, "seconds": 1.5, "tokens": 9}, evaluate.COSTS, texts("stage") | dict.fromkeys(("rows", "seconds", "tokens"), not_number)),
         "log": (lambda path: common.read_rows(path, ("objective", "step")), {"objective": "recon", "step": 1}, ("objective", "step"), {"objective": not_text, "step": [None, [], {}, "", 1.5]}),
         "turns": (lambda path: list(prepare.read_turns(str(path))), {"conversation": "c", "speaker": "ann", "text": "hi", "time": 5}, ("conversation", "speaker", "text"),
-                  texts("conversation", "text") | {"speaker": [*not_text, "", " "], "time": [[], {}, 10**40]}),
+                  texts("text") | dict.fromkeys(("conversation", "speaker"), [*not_text, "", " "]) | {"time": [[], {}, 10**40]}),
         "utterances": (lambda path: prepare.load_corpus.__wrapped__(path), {"id": "u", "speaker": "ann", "conversation_id": "c", "reply_to": None, "text": "hi", "timestamp": 5},
-                       ("id", "speaker", "conversation_id", "text"), texts("id", "speaker", "conversation_id") | {"text": [5, [], {}], "reply_to": [5, [], {}]}),
+                       ("id", "speaker", "conversation_id", "text"), texts("id", "speaker") | {"conversation_id": [*not_text, "", " "], "text": [5, [], {}], "reply_to": [5, [], {}]}),
+        "markdown": (lambda path: list(prepare.read_markdown(str(path.parent))), b"**Ann:** hi", (), {}),
     }
 
 
@@ -55,18 +57,19 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", ["pairs", "scores", "finished", "answers", "log", "turns", "utterances"])
-def test_each_of_1500_malformed_lines_gets_one_message_with_file_and_line(readers, tmp_path, numbers, name):
+@pytest.mark.parametrize("name", ["pairs", "scores", "finished", "answers", "costs", "log", "turns", "utterances", "markdown"])
+def test_each_of_10000_malformed_lines_gets_one_message_with_file_and_line(readers, tmp_path, numbers, name):
     read, row, keys, wrong = readers[name]
-    path = tmp_path / "rows.jsonl"
+    path = tmp_path / ("rows.md" if name == "markdown" else "rows.jsonl")
     (tmp_path / "rows.jsonl.made.json").write_text("{}")
-    line = json.dumps(row).encode()
+    line = row if name == "markdown" else json.dumps(row).encode()
     path.write_bytes(line + b"\n")
     read(path)                                               # the good row is good
-    kinds = list(KINDS)
-    for count in range(1_500):
+    kinds = ["not UTF-8", "UTF-16"] if name == "markdown" else list(KINDS)        # any text is a line of a transcript
+    for count in range(10_000):
         kind = kinds[count % len(kinds)]
         bad = KINDS[kind](numbers, row, line, keys, wrong)
+        path.unlink()                                        # a new file is not written to the disk at once, as one cut to nothing is
         path.write_bytes(line + b"\n" + bad + b"\n")
         said = io.StringIO()
         with contextlib.redirect_stderr(said), pytest.raises(SystemExit) as caught:

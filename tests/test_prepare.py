@@ -108,6 +108,48 @@ def test_a_hub_data_set_is_read_from_a_local_folder(prepare, tmp_path, monkeypat
     assert list(prepare.Source(f"hub:{folder}", (), None)) == [("x", None, [prepare.Turn("user", "hi", None), prepare.Turn("assistant", "hello", 0)])]
 
 
+def write_set(folder, rows):
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_hub_rows_of_one_id_stay_in_one_split_and_their_pairs_have_ids_of_their_own(prepare, tmp_path, tiny_folder, monkeypatch, capsys):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"id": f"x{number % 4}" if number else " ", "messages": [{"role": "bo", "content": f"question {number}"}, {"role": "ann", "content": f"answer {number} it is"}]} for number in range(13)]
+    for extra in ([], ["--pseudonymise"]):
+        prepare.main(["--run", str(tmp_path / f"run{len(extra)}"), "--model", str(tiny_folder), "--source", f"hub:{write_set(tmp_path / f'set{len(extra)}', rows)}", "--user", "ann", *extra,
+                      "--min-action-words", "1", "--max-action-tokens", "90", "--max-context-tokens", "300", "--limit", "1000"])
+        pairs = common.read_pairs(tmp_path / f"run{len(extra)}" / "pairs.jsonl")
+        assert len(pairs) == 13 and len({pair["conversation"] for pair in pairs}) == 5 == len({(pair["conversation"], pair["split"]) for pair in pairs})
+        assert "8 conversations have the id of another one" in capsys.readouterr().out
+
+
+def test_a_hub_turn_without_a_role_stays_in_the_context(prepare, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = write_set(tmp_path / "set", [{"messages": [{"from": 1, "value": "hi"}, {"from": None, "value": "psst"}, {"from": 1, "value": "hello"}]}])
+    (_, _, turns), = prepare.Source(f"hub:{folder}", (), None)
+    assert [(turn.speaker, turn.text, turn.answers) for turn in turns] == [("1", "hi", None), ("[missing]", "psst", 0), ("1", "hello", 1)]
+
+
+GOOD = json.dumps({"id": "x", "messages": [{"role": "user", "content": "hi"}]}).encode()
+
+
+@pytest.mark.parametrize("bad, words", [
+    *((bad, "train.jsonl, line 2") for bad in (GOOD[:20], GOOD[:4] + b"\xff" + GOOD[4:], GOOD.decode().encode("utf-16"), b"5", b"[1]", b"<!DOCTYPE html>", b"[" * 9_000, b"{}!")),
+    *((json.dumps(row).encode(), ", row 1: ") for row in ({"id": "y"}, {"messages": 5}, {"messages": [5]}, {"messages": [None]}, {"messages": None}, {"messages": [{"role": "a", "content": [1]}]}, {"messages": [{"role": ["a"], "content": "x"}]})),
+])
+def test_a_malformed_line_of_a_local_data_set_gets_one_message(prepare, tmp_path, monkeypatch, capsys, bad, words):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.jsonl").write_bytes(GOOD + b"\n" + bad + b"\n")
+    with pytest.raises(SystemExit) as caught:
+        list(prepare.read_hub(str(folder)))
+    message = capsys.readouterr().err.rpartition("error: ")[2]       # behind the library's bars
+    assert caught.value.code == 2 and str(folder) in message and words in message and message.count("\n") == 1
+
+
 def test_list_users_counts_replies(prepare, tmp_path, capsys):
     write_turns(tmp_path / "turns.jsonl", conversations=3, turns=6)
     prepare.main(["--run", str(tmp_path / "run"), "--source", f"turns:{tmp_path / 'turns.jsonl'}", "--list-users"])
@@ -121,6 +163,7 @@ def test_list_users_counts_replies(prepare, tmp_path, capsys):
     (None, [], ["does not exist"]),
     ('{"conversation": "c", "speaker": "a", "text": "hi"}\n', ["--user", "nobody"], ["nobody", "--list-users"]),
     ('{"conversation": "c", "speaker": "a"}\n', [], ["line 1", "'text'"]),
+    ('{"conversation": "c", "speaker": "a", "text": "x"}\n{"conversation": "", "speaker": "a", "text": "x"}\n', [], ["turns.jsonl, line 2", "'conversation' must not be empty"]),
     ('{"conversation": "c", "speaker": "a", "text": 5}\n', [], ["line 1", "'text'", "int"]),
     ('{"conversation": "c", "speaker": "a", "text": "x"}\n{"conversation": "c", "spea', [], ["line 2", "not a whole JSON object"]),
     ('{"conversation": "c", "speaker": "a", "text": "x", "time": []}\n', [], ["line 1", "'time'"]),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,18 +124,39 @@ def test_two_processes_train_on_from_a_checkpoint_to_more_steps_as_one_does(runs
         assert one["reward"] == pytest.approx(other["reward"], abs=1e-3) and one["grad_norm"] == pytest.approx(other["grad_norm"], abs=1e-3)
 
 
+def kill_second(started: subprocess.Popen, ready) -> None:
+    """Kill the second of two processes as soon as `ready()`, and wait for the launcher to end."""
+    while started.poll() is None and not ready():
+        time.sleep(0.01)
+    second = next(int(folder.name) for folder in Path("/proc").glob("[0-9]*") if is_rank_1(folder, started.pid))
+    os.kill(second, signal.SIGKILL)
+    started.communicate(timeout=60)
+    assert started.returncode != 0
+
+
+def test_grpo_of_two_processes_of_which_one_is_killed_is_gone_on_with_by_one(tmp_path, tiny_folder, stage):
+    arguments = [*STAGES[3][1:], "--steps", "8", "--save-every", "1", "--val-every", "20"]
+    alone, together = write_pairs(tmp_path / "alone", 7), write_pairs(tmp_path / "together", 7)
+    stage("05_rl_train").main(["--run", str(alone), "--model", str(tiny_folder), "--no-4bit", *arguments])
+    checkpoint = together / "rl" / "recon"
+    kill_second(launch("05_rl_train", together, tiny_folder, *arguments), lambda: (checkpoint / "made.json").is_file())
+    assert (checkpoint / "made.json").is_file() and not (together / "models" / "synthesizer").exists()
+    before = len(common.read_rows(together / "rl.jsonl"))
+    stage("05_rl_train").main(["--run", str(together), "--model", str(tiny_folder), "--no-4bit", *arguments])
+    lines = [[row for row in common.read_rows(run / "rl.jsonl") if "loss" in row] for run in (alone, together)]
+    assert 0 < before < 9 and [row["step"] for row in lines[1]] == list(range(8))
+    for one, other in zip(*lines):
+        assert one["reward"] == pytest.approx(other["reward"], abs=1e-3) and one["grad_norm"] == pytest.approx(other["grad_norm"], abs=1e-3)
+
+
 def test_a_process_that_is_killed_stops_all_and_another_number_of_processes_goes_on(tmp_path, tiny_folder, stage, capsys):
     arguments = ("--n", "4", "--max-trace-tokens", "24", "--batch", "1")
     alone, together = write_pairs(tmp_path / "alone", 30), write_pairs(tmp_path / "together", 30)
     stage("02_sample_candidates").main(["--run", str(alone), "--model", str(tiny_folder), "--no-4bit", *arguments])
     started = launch("02_sample_candidates", together, tiny_folder, *arguments)
     part = together / "candidates.jsonl.part1"
-    while started.poll() is None and not (part.is_file() and part.stat().st_size):
-        time.sleep(0.01)
-    second = next(int(folder.name) for folder in Path("/proc").glob("[0-9]*") if is_rank_1(folder, started.pid))
-    os.kill(second, signal.SIGKILL)
-    started.communicate(timeout=60)
-    assert started.returncode != 0 and part.is_file()
+    kill_second(started, lambda: part.is_file() and part.stat().st_size)
+    assert part.is_file()
     kept = sum(path.read_bytes().count(b"\n") for path in (together / "candidates.jsonl", *common.parts_of(together / "candidates.jsonl")))
     capsys.readouterr()
     stage("02_sample_candidates").main(["--run", str(together), "--model", str(tiny_folder), "--no-4bit", *arguments])
@@ -185,10 +207,55 @@ def test_memory_that_runs_out_halves_the_portions_once_and_the_rows_stay_the_sam
     monkeypatch.setattr(model, "forward", small_memory)
     portions = common.Portions()
     assert portions.run(draw, pairs) == whole and portions.run(draw, pairs) == whole
-    assert capsys.readouterr().out.count("out of memory") == 2               # 5 pairs -> 3 -> 2, and that is kept
+    assert capsys.readouterr().err.count("out of memory") == 2               # 5 pairs -> 3 -> 2, and that is kept
     with pytest.raises(SystemExit):
         common.Portions().run(lambda some: small_memory(range(5)), pairs)
     assert "smaller model" in capsys.readouterr().err
+
+
+def test_validation_says_once_that_memory_runs_out_and_goes_on_in_portions(tiny, stage, monkeypatch, capsys):
+    model, tokenizer = tiny
+    rl, pairs, asked = stage("05_rl_train"), [make_pair(f"c{i}/1", split="val") for i in range(4)], []
+
+    def rollout(model, tokenizer, prompts, seeds, group, args):
+        asked.append(len(prompts))
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [[common.Completion([5])] for _ in prompts]
+
+    monkeypatch.setattr(rl, "rollout", rollout)
+    rate = lambda model, tokenizer, encoder, some, *rest: [[dict.fromkeys(rl.MEASURED, 0.0) | {"fault": 0.0}] for _ in some]
+    args, portions = rl.parse_arguments([]), common.Portions()
+    for _ in range(3):
+        rl.validate(model, tokenizer, None, lambda pair: [1, 2], rate, pairs, args, portions)
+    assert asked == [4, *[2] * 12] and capsys.readouterr().err.count("out of memory") == 1
+
+
+def test_memory_that_runs_out_where_nothing_can_be_halved_ends_the_stage_with_a_message(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(SystemExit) as caught:
+        common.run_stage(main)
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+        signal.signal(number, handler)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and "Tried to allocate 20 GiB" in error and "--group" in error and "start the same command again" in error
+
+
+def test_a_limit_on_memory_is_a_share_of_the_gpus_and_needs_a_gpu(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        common.begin_run(tmp_path / "none", 2.0)
+    assert "--max-memory is for a GPU" in capsys.readouterr().err
+    told = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=8 * 2**30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", told.append)
+    for number, limit in enumerate((2.0, 100.0)):
+        common.begin_run(tmp_path / str(number), limit)
+    assert told == [0.25, 1.0]
 
 
 def test_the_whole_loop_runs_in_4_bits_and_a_saved_adapter_gives_equal_outputs(tmp_path, tiny_folder, stage):

@@ -14,8 +14,10 @@ import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import hypothesis
 import pytest
 from conftest import ROOT, Loopback, make_pair
+from hypothesis import strategies as st
 
 import common
 
@@ -204,6 +206,33 @@ def test_a_request_that_is_refused_alone_does_not_end_the_others(loopback):
     assert [answer and answer.text for answer in answers] == ["yes", None] * 6 and len(loopback.asked) == 12 and "maximum context length" in server.problem
 
 
+def test_any_number_of_refused_requests_before_the_first_answer_ends_nothing(loopback):
+    """The longest prompts come first: a stage that gave up on them would meet them first again at every start."""
+    loopback.reply = lambda body: (400, {}, "maximum context length is 8 tokens") if body["messages"][0]["content"] == "long" else "yes"
+    server = common.Server("openai:big", 1)
+    answers = server.ask_all({"messages": [{"role": "user", "content": text}], "max_tokens": 5} for text in ["long"] * 40 + ["short"])
+    assert answers[-1].text == "yes" and answers[:-1] == [None] * 40
+
+
+def test_a_server_that_says_nothing_is_not_paid_for_every_row(loopback):
+    loopback.reply = lambda body: {"choices": []}
+    server = common.Server("openai:big", 1)
+    assert server.ask_all({"messages": [], "max_tokens": 5} for _ in range(50)) == [None] * 50
+    assert len(loopback.asked) == common.USELESS * common.EMPTY_TRIES
+
+
+def test_a_stage_that_asks_a_server_goes_on_with_another_batch(stage, loopback, undisturbed, tmp_path, capsys):
+    """--batch only says how many pairs are under way; what is there is not paid for twice."""
+    write_pairs(tmp_path)
+    for run_stage, name in ((sample, "candidates.jsonl"), (score, "scores.jsonl")):
+        loopback.reply = lambda body: (400, {}, "too long") if "for the 3th time" in body["messages"][-1]["content"] else speak(body)
+        with pytest.raises(SystemExit):
+            run_stage(stage, tmp_path)
+        loopback.reply = speak
+        run_stage(stage, tmp_path, "--batch", "5", "--concurrency", "3")
+        assert rows_of(tmp_path / name) == rows_of(undisturbed / name) and ", 5 skipped" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("header, seconds", [("7", 7), ("0.5", 0.5), ("100000", 600), ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("soon", 0), ("", 0)])
 def test_a_server_that_says_how_long_to_wait_is_waited_for(loopback, header, seconds):
     loopback.answers += [(429, {"Retry-After": header}, "busy"), "yes"]
@@ -244,6 +273,19 @@ def test_data_cannot_forge_the_control_tokens_of_a_chat_template():
     (_, system), (_, user) = [message.values() for message in common.messages_of("comparison", context="Alex: hi {first}", action="<|im_end|>", first="[INST] <3", second="</think> a<b")]
     assert "Alex: hi {first}" in user and "< |im_end|>" in user and "[ INST] <3" in user and "< /think> a<b" in user
     assert system == common.PROMPTS["comparison"][0][1]
+
+
+CONTROL = ("<|im_end|>", "<|eot_id|>", "<｜User｜>", "<｜end▁of▁sentence｜>", "<｜tool▁calls▁begin｜>", "</s>", "<start_of_turn>", "<unused12>", "<reserved-1>", "<think>", "</think>",
+           "<tool_call>", "[INST]", "[/INST]", "[gMASK]", "[|user|]", "<<SYS>>", "<|start|>", "<0x0A>")
+
+
+@hypothesis.settings(max_examples=200, deadline=None, database=None)
+@hypothesis.given(st.lists(st.one_of(st.text(max_size=8), st.sampled_from([*CONTROL, "<", "[", "{action}"])), max_size=8).map("".join))
+def test_no_control_token_of_a_known_family_reaches_a_server_from_data(text):
+    (_, system), (_, user) = [message.values() for message in common.messages_of("comparison", context=text, action=text, first=text, second=text)]
+    clean = "".join(common.PROMPTS["comparison"][1][1])
+    assert not [token for token in CONTROL if token in user and token not in clean]
+    assert user.replace(" ", "").count(text.replace(" ", "")) >= 4 or not text.strip()
 
 
 def test_a_key_stands_in_no_file_and_no_message(stage, loopback, tmp_path, capsys):
@@ -328,7 +370,7 @@ def fitted(stage, undisturbed, tiny_folder, tmp_path_factory):
     run = tmp_path_factory.mktemp("fitted")
     shutil.copytree(undisturbed, run, dirs_exist_ok=True)
     (run / "pairs.jsonl.made.json").write_text(json.dumps({"arguments": {}}))
-    stage("04_select_sft").main(["--run", str(run), "--model", str(tiny_folder), "--score", "embedding", "--epochs", "1"])
+    stage("04_select_sft").main(["--run", str(run), "--model", str(tiny_folder), "--score", "judge", "--epochs", "1"])
     return run
 
 
@@ -342,7 +384,8 @@ def test_comparisons_without_an_answer_end_stage_6_and_only_they_are_asked_for_a
     with pytest.raises(SystemExit) as caught:
         evaluate()
     said = capsys.readouterr()
-    asked = len(common.read_rows(run / "answers.jsonl"))
+    answers = lambda: [question for row in common.read_rows(run / "answers.jsonl") for question in row["answers"]]
+    asked = len(answers())
     assert caught.value.code == 2 and "comparisons without an answer" in said.err and "requests to the server" in said.out
     assert asked and not (run / "results.json").exists() and not (run / "judgements.jsonl").exists()
     assert rows_of(run / "reconstructions" / "shuffled.jsonl").keys() == {"c3/1", "c4/1", "c5/1"}
@@ -350,8 +393,9 @@ def test_comparisons_without_an_answer_end_stage_6_and_only_they_are_asked_for_a
     evaluate()
     again = [body["messages"][-1]["content"] for _, _, body in loopback.asked[1:]]
     assert again and all("for the 4th time" in told for told in again)
-    questions = [row["question"] for row in common.read_rows(run / "answers.jsonl")]
+    questions = answers()
     assert len(set(questions)) == len(questions) == asked + len(again)
+    assert json.loads((run / "results.json").read_text())["scorer"] == "judge: openai:big"
     judged = common.read_rows(run / "judgements.jsonl")
     assert len({tuple(row[key] for key in ("what", "id", "a", "b", "order")) for row in judged}) == len(judged) and all(row["winner"] for row in judged)
     assert not [path for path in run.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]

@@ -103,6 +103,23 @@ def test_siblings_cycles_missing_parents_and_ids_that_stand_twice(prepare, tmp_p
     assert json.loads((tmp_path / "run" / "pairs.summary.json").read_text())["problems"].keys() == problems.keys()
 
 
+def test_a_speaker_without_a_name_stays_in_contexts_and_is_never_modelled(prepare, tmp_path, tiny_folder, capsys):
+    rows = [row for c in range(3) for row in (utterance(f"{c} a", "bo", None, conversation=f"c{c}"), utterance(f"{c} b", "", f"{c} a", conversation=f"c{c}"),
+                                              utterance(f"{c} c", " ", f"{c} b", conversation=f"c{c}"), utterance(f"{c} d", "ann", f"{c} c", conversation=f"c{c}"))]
+    prepare.main(["--run", str(tmp_path / "run"), "--model", str(tiny_folder), "--source", f"convokit:{write_corpus(tmp_path / 'c', rows)}",
+                  "--min-action-words", "1", "--max-action-tokens", "90", "--max-context-tokens", "300"])
+    pairs = common.read_pairs(tmp_path / "run" / "pairs.jsonl")
+    assert len(pairs) == 3 and {pair["user"] for pair in pairs} == {"ann"}
+    assert all([turn["speaker"] for turn in pair["context"]] == ["bo", "[missing]", "[missing]"] for pair in pairs)
+    assert "6 utterances without a speaker's name" in (said := capsys.readouterr().out) and "utterances.jsonl, line 2: '0 b'" in said
+
+
+def test_a_transcripts_turn_without_a_name_is_nobodys(prepare, tmp_path):
+    (tmp_path / "a.md").write_text("\ufeff**Ann:** first\n\n** :** who\n\n**:** knows\n\n**Ann:** third\n", encoding="utf-8")
+    (_, _, turns), = prepare.Source(f"markdown:{tmp_path}", (), None)
+    assert [(turn.speaker, turn.text, turn.answers) for turn in turns] == [("Ann", "first", None), ("[missing]", "who", 0), ("[missing]", "knows", 1), ("Ann", "third", 2)]
+
+
 def test_older_keys_and_metadata_and_dates(prepare, tmp_path):
     rows = [{"id": "1", "user": "bo", "root": "1", "reply-to": None, "timestamp": "1300000000", "text": "hi"}, {"id": "2", "user": "ann", "root": "1", "reply-to": "1", "timestamp": None, "text": None},
             {"id": "3", "user": "ann", "root": "1", "reply-to": "2", "timestamp": 1300000009, "text": "hello"}]
@@ -126,6 +143,8 @@ def test_what_answers_an_empty_turn_answers_what_that_one_answered_and_a_deleted
 @pytest.mark.parametrize("rule, text, clean", [
     ("stage directions", r"Yes \[laughter\] sign [08:10] me up.\[unintelligible 00:06:03.11\] (Laughter.)", "Yes   sign   me up.   "),
     ("stage directions", '[t]he State says [sic] that list[int] and x[0] (as in Lee) hold', '[t]he State says [sic] that list[int] and x[0] (as in Lee) hold'),
+    ("stage directions", "[audience laughs] (Laughter and applause.) (General laughter.) [inaudible 00:01:02] (Inaudible 01:02) (Pause.) (Recess) [Music]", " " * 15),
+    *(("stage directions", text, text) for text in ("(Recess Appointments Clause) (Laughter is honest) (pause) (Pause the game) (Music and Art) (b) (A)", "[the Court] [12] [2019] [the music industry] [META] [1:1]", "[laughter](https://a.b)", "[" * 40_000)),
     ("quoted lines", "\n" * 50_000 + "a > b", "\n" * 50_000 + "a > b"), ("links", "[" * 40_000, "[" * 40_000),
     ("quoted lines", "> you said\nI disagree\n &gt; this too\n3 > 2", " \nI disagree\n \n3 > 2"),
     ("links", "see [the paper](https://a.b/c_(d)) and https://x.y/z?q=1 there", "see the paper and   there"),
@@ -221,14 +240,14 @@ def test_the_nearest_names_are_suggested(prepare, tmp_path, capsys):
 @pytest.mark.skipif(not (SAMPLES / "supreme-2023-sample").is_dir(), reason="no sample of the Supreme Court corpus here (RECON_SAMPLES)")
 def test_real_arguments_give_contexts_that_are_exactly_the_preceding_turns(prepare, tmp_path, tiny_folder):
     folder = SAMPLES / "supreme-2023-sample"
-    prepare.main(["--run", str(tmp_path), "--model", str(tiny_folder), "--domain", "supreme", "--source", f"convokit:{folder}", "--user", "j__neil_gorsuch",
+    prepare.main(["--run", str(tmp_path), "--model", str(tiny_folder), "--source", f"convokit:{folder}", "--user", "j__neil_gorsuch",
                   "--max-context-tokens", "9000", "--max-action-tokens", "9000", "--limit", "1000"])
     raw = {}
     for line in (folder / "utterances.jsonl").open(encoding="utf-8"):
         row = json.loads(line)
         raw.setdefault(row["conversation_id"], []).append((row["speaker"], " ".join(row["text"].replace("(Laughter.)", " ").split())))
     pairs = common.read_pairs(tmp_path / "pairs.jsonl")
-    assert not any("aughter.)" in turn["text"] for pair in pairs for turn in (*pair["context"], {"text": pair["action"]}))
+    check_plain(pairs)
     check_pairs(pairs, raw)
 
 
@@ -247,8 +266,33 @@ def test_real_transcripts_give_contexts_that_are_exactly_the_preceding_turns(pre
     plain = lambda text: " ".join(re.sub(r"(?<![\w*_])(?:\*++|_++)(?=\w)|(?<=\w)(?:\*++|_++)(?!\w)", "", re.sub(r"\\\[.*?\\\]", " ", text).replace("`", "")).split())
     raw = {name: [(speaker, plain(text)) for speaker, text in turns if speaker != "Break"] for name, turns in raw.items()}
     pairs = common.read_pairs(tmp_path / "pairs.jsonl")
-    assert not any(re.search(r"(?<![\w*])\*\*|\\\[|:\*\*", turn["text"]) for pair in pairs for turn in (*pair["context"], {"text": pair["action"]}))
+    check_plain(pairs)
     check_pairs(pairs, raw)
+
+
+@pytest.mark.parametrize("source, user", [("convokit:../shared/data/supreme-2023-sample", "j__neil_gorsuch"), ("markdown:../shared/data/practicalai-sample", "Daniel Whitenack")])
+def test_the_defaults_make_plain_pairs_of_a_sample_and_list_its_people(prepare, tmp_path, monkeypatch, capsys, source, user):
+    if not (SAMPLES / source.rpartition("/")[2]).is_dir():
+        pytest.skip("no such sample here (RECON_SAMPLES)")
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "data").symlink_to(SAMPLES.resolve())
+    (tmp_path / "main").mkdir()
+    monkeypatch.chdir(tmp_path / "main")
+    prepare.main(["--source", source, "--list-users"])
+    listed = {line.split(maxsplit=1)[1]: int(line.split()[0]) for line in capsys.readouterr().out.splitlines()[1:]}
+    assert len(listed) > 3 and list(listed.values()) == sorted(listed.values(), reverse=True) and not list(Path().iterdir())
+    prepare.main(["--source", source, "--user", user])
+    pairs = common.read_pairs(Path("runs/demo/pairs.jsonl"))
+    assert f"01_prepare: {listed[user]} replies in, {len(pairs)} pairs out" in capsys.readouterr().out and {pair["user"] for pair in pairs} == {user}
+    check_plain(pairs)
+
+
+def check_plain(pairs):
+    """No text holds a stage direction, emphasis, or the label of somebody who speaks."""
+    names = {turn["speaker"] for pair in pairs for turn in pair["context"]} | {pair["user"] for pair in pairs}
+    label = re.compile(r"(?<![\w*])\*\*|:\*\*|\[|\((?:Laughter|Applause|Inaudible|Pause|Recess)|(?:^|[.?!\]*]\s+)(?:JUSTICE|MR\.|MS\.|GENERAL|" + "|".join(map(re.escape, names)) + r")[A-Z .]*:")
+    for text in (text for pair in pairs for text in (pair["action"], *(turn["text"] for turn in pair["context"]))):
+        assert not label.search(text), text
 
 
 def check_pairs(pairs, raw):
@@ -270,8 +314,8 @@ def check_pairs(pairs, raw):
 # Broken files, and downloads
 
 
-def zipped(path, rows=None, name="corpus/utterances.jsonl", text=None):
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+def zipped(path, rows=None, name="corpus/utterances.jsonl", text=None, method=zipfile.ZIP_DEFLATED):
+    with zipfile.ZipFile(path, "w", method) as archive:
         archive.writestr(name, text if text is not None else "".join(json.dumps(row) + "\n" for row in rows))
         archive.writestr("corpus/speakers.json", "{}")
     return path
@@ -315,16 +359,30 @@ def test_broken_and_hostile_files_get_one_clear_message(prepare, tmp_path, capsy
     assert "a.md, line 3: not UTF-8" in capsys.readouterr().err
 
 
-class Server(http.server.BaseHTTPRequestHandler):
-    """One file with ranges and an ETag. `drop` breaks the connection after so many bytes, once; `short` announces more than it sends."""
+def test_a_zip_packed_in_another_way_is_read_and_one_with_a_password_refused(prepare, tmp_path, capsys):
+    whole = zipped(tmp_path / "lzma.zip", ROWS, method=zipfile.ZIP_LZMA)
+    assert len(read(prepare, whole)) == 5
+    damaged = bytearray(whole.read_bytes())
+    damaged[80:120] = bytes(40)
+    (tmp_path / "damaged.zip").write_bytes(damaged)
+    assert "not a whole zip" in refused(prepare, capsys, tmp_path / "damaged.zip")
+    locked = bytearray(zipped(tmp_path / "locked.zip", ROWS).read_bytes())
+    for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):                 # where a file's flags stand, here and in the list of files
+        locked[locked.index(mark) + place] |= 1
+    (tmp_path / "locked.zip").write_bytes(locked)
+    assert "locked.zip is encrypted; unpack it" in refused(prepare, capsys, tmp_path / "locked.zip")
 
-    content, etag, drop, page, length, asked = b"", "v1", None, False, True, []
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """One file with ranges and an ETag. `drop` breaks the connection after so many bytes, once; `page` is a status to fail with."""
+
+    content, etag, drop, page, length, asked = b"", "v1", None, 0, True, []
 
     def do_GET(self):
         start = int(self.headers.get("Range", "bytes=0-")[6:-1]) if self.headers.get("If-Range") == self.etag else 0
         Server.asked.append((self.path, start))
         if self.page:
-            self.send_error(404)
+            self.send_error(self.page)
             return
         self.send_response(206 if start else 200)
         if self.etag:
@@ -348,7 +406,7 @@ def server(prepare, tmp_path, monkeypatch):
     threading.Thread(target=running.serve_forever, daemon=True).start()
     monkeypatch.setenv("CONVOKIT_BASE_URL", f"http://127.0.0.1:{running.server_port}/sets")
     monkeypatch.setattr(prepare, "CACHE", tmp_path / "cache")
-    Server.content, Server.etag, Server.drop, Server.page, Server.length, Server.asked = zipped(tmp_path / "served.zip", ROWS * 200).read_bytes(), "v1", None, False, True, []
+    Server.content, Server.etag, Server.drop, Server.page, Server.length, Server.asked = zipped(tmp_path / "served.zip", ROWS * 200).read_bytes(), "v1", None, 0, True, []
     yield Server
     running.shutdown()
 
@@ -361,7 +419,7 @@ def test_a_broken_download_goes_on_where_it_stopped_and_is_kept(prepare, server,
     prepare.load_corpus.cache_clear()
     assert len(read(prepare, "supreme-2019")) == 5 and len(server.asked) == 2
     kept = prepare.CACHE / "convokit" / "supreme-2019.zip"
-    assert kept.read_bytes() == server.content and list(kept.parent.iterdir()) == [kept]
+    assert kept.read_bytes() == server.content and sorted(kept.parent.iterdir()) == [kept, kept.with_name("supreme-2019.zip.lock")]
 
 
 def test_a_download_is_begun_anew_if_the_file_has_changed_meanwhile(prepare, server, tmp_path, capsys):
@@ -369,6 +427,15 @@ def test_a_download_is_begun_anew_if_the_file_has_changed_meanwhile(prepare, ser
     refused(prepare, capsys, "iq2-corpus")
     server.content, server.etag = zipped(tmp_path / "newer.zip", ROWS[:12]).read_bytes(), "v2"
     assert len(read(prepare, "iq2-corpus")) == 2 and server.asked[-1] == ("/sets/iq2-corpus/iq2-corpus.zip", 0)
+
+
+def test_what_does_not_fit_the_servers_file_any_more_is_removed(prepare, server, capsys):
+    server.drop = len(server.content) // 2
+    refused(prepare, capsys, "iq2-corpus")
+    server.page = 416
+    assert "was removed; start again" in refused(prepare, capsys, "iq2-corpus") and server.asked[-1][1] > 0
+    server.page = 0
+    assert len(read(prepare, "iq2-corpus")) == 5 and server.asked[-1][1] == 0
 
 
 @pytest.mark.parametrize("etag, length", [(None, True), ("W/weak", True), ("v1", False)])
@@ -380,17 +447,22 @@ def test_without_a_version_or_a_length_no_half_file_is_taken_for_whole(prepare, 
 
 def test_two_downloads_of_one_corpus_do_not_mix(prepare, server, capsys):
     (prepare.CACHE / "convokit").mkdir(parents=True)
-    with (prepare.CACHE / "convokit" / "iq2-corpus.zip.part.lock").open("w") as lock:
+    path = prepare.CACHE / "convokit" / "iq2-corpus.zip"
+    with path.with_name("iq2-corpus.zip.lock").open("w") as lock:
         prepare.fcntl.flock(lock, prepare.fcntl.LOCK_EX)
         assert "another process is downloading" in refused(prepare, capsys, "iq2-corpus") and not server.asked
-    assert len(read(prepare, "iq2-corpus")) == 5
+        prepare.fcntl.flock(lock, prepare.fcntl.LOCK_UN)
+        assert len(read(prepare, "iq2-corpus")) == 5
+        assert os.path.sameopenfile(lock.fileno(), (still := path.with_name("iq2-corpus.zip.lock").open()).fileno())     # or a third would lock another file than a second
+        still.close()
+    prepare.download("http://nobody.invalid/", path)         # fetched by another process between a look at it and the lock
 
 
 def test_a_wrong_checksum_or_size_or_name_is_refused(prepare, server, capsys):
     message = refused(prepare, capsys, "winning-args-corpus", "0" * 64)
     assert "sha256" in message and common.file_hash(prepare.CACHE / "convokit" / "winning-args-corpus.zip") in message
     assert len(list(prepare.Source("convokit:winning-args-corpus", (), common.file_hash(prepare.CACHE / "convokit" / "winning-args-corpus.zip")))) == 5
-    server.page = True
+    server.page = 404
     assert "HTTP 404" in refused(prepare, capsys, "no-such-corpus")
     assert not (prepare.CACHE / "convokit" / "no-such-corpus.zip").exists()
 
