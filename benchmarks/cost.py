@@ -21,8 +21,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import fraction, positive_float, positive_int
 
-WORDS = {"reconstruction": 56, "judge": 141, "comparison": 108, "user_model": 35, "transcript": 7}     # of the prompts, without what is filled in
-RATING = 21                                                # tokens of a judge's answer a guess: {"1":{"style":0,"intent":0,"values":0},
+# Tokens of the prompts without what is filled in, by SmolLM2's tokenizer (tests/test_cost.py counts them again); the transcript's with its setting,
+# the user model's with the person's id and the tag that opens a thought. BEHIND comes once a trace, after what the traces of a pair share; the user
+# model writes it: the tag that closes a thought, and the end token.
+WORDS = {"synthesis": 524, "reconstruction": 30, "judge": 192, "comparison": 165, "user_model": 46, "transcript": 6}
+BEHIND = {"reconstruction": 26, "user_model": 6, "transcript": 6}
+GUESS = 6                                                  # around a guess that the judge is shown
+RATING = 17                                                # of a judge's answer a guess: {"1":{"style":0,"intent":0,"values":0},
 
 
 def costs(args: argparse.Namespace) -> list[dict]:
@@ -37,22 +42,22 @@ def costs(args: argparse.Namespace) -> list[dict]:
     pairs, n, c, a, t, r = args.pairs, args.n, args.context, args.action, args.trace, args.reconstruction
     train, test = pairs * args.train_share, pairs * args.test_share
     part("02", "traces", True, pairs, args.words + c + a, n, 0, t)
-    part("03", "reconstructions", True, pairs, WORDS["reconstruction"] + c, n, t, r)
+    part("03", "reconstructions", True, pairs, WORDS["reconstruction"] + c, n, BEHIND["reconstruction"] + t, r)
     if "embedding" in args.scorers:
-        part("03", "reconstructions for controls", True, pairs, WORDS["reconstruction"] + c, 2, t / 2, r)
+        part("03", "reconstructions for controls", True, pairs, WORDS["reconstruction"] + c, 2, BEHIND["reconstruction"] + t / 2, r)
     if "judge" in args.scorers:
-        part("03", "judgements", True, pairs, WORDS["judge"] + c + a + n * (r + 3), 1, 0, RATING * n)
+        part("03", "judgements", True, pairs, WORDS["judge"] + c + a + n * (r + GUESS), 1, 0, RATING * n)
     if "likelihood" in args.scorers:
-        part("03", "likelihoods", False, pairs, WORDS["transcript"] + c, n + 2, t + a)
-    part("04", "fitting", False, args.arms * args.epochs * train, WORDS["user_model"] + c + t + a, passes=3)
+        part("03", "likelihoods", False, pairs, WORDS["transcript"] + c, n + 2, BEHIND["transcript"] + t + a)
+    part("04", "fitting", False, args.arms * args.epochs * train, WORDS["user_model"] + c + t + BEHIND["user_model"] + a, passes=3)
     if args.steps:
         prompts = args.steps * args.prompts
         part("05", "GRPO, sampling", False, prompts, args.words + c + a, args.group, 0, t)
-        part("05", "GRPO, rewards on two actions", False, 2 * prompts, WORDS["transcript"] + c, args.group + 1, t + a)
+        part("05", "GRPO, rewards on two actions", False, 2 * prompts, WORDS["transcript"] + c, args.group + 1, BEHIND["transcript"] + t + a)
         part("05", "GRPO, updates", False, prompts, args.words + c + a, args.group, t, passes=3)
         part("05", "traces and user model", False, train, args.words + c + a, 1, 0, t)
-        part("05", "fitting", False, args.epochs * train, WORDS["user_model"] + c + t + a, passes=3)
-    part("06", "acting", False, (args.arms + bool(args.steps)) * test, WORDS["user_model"] + c, args.traces, 0, t + a / args.traces)
+        part("05", "fitting", False, args.epochs * train, WORDS["user_model"] + c + t + BEHIND["user_model"] + a, passes=3)
+    part("06", "acting", False, (args.arms + bool(args.steps)) * test, WORDS["user_model"] + c, args.traces, 0, t + BEHIND["user_model"] + a / args.traces)
     part("06", "comparisons", True, (args.arms + bool(args.steps) - 1) * test, WORDS["comparison"] + c + 3 * a, 2, 0, 1)
     return rows
 
@@ -73,7 +78,7 @@ def main() -> None:
     group.add_argument("--group", type=positive_int, default=8, help="completions a prompt in GRPO (default: %(default)s)")
     group.add_argument("--traces", type=positive_int, default=2, help="traces a held-out pair in stage 6 (default: %(default)s)")
     group = parser.add_argument_group("tokens (defaults: measured in the embedded run)")
-    for name, tokens, what in (("words", 524, "of the synthesis prompt with its worked examples"), ("context", 73, "of a context"), ("action", 18, "of an action"),
+    for name, tokens, what in (("words", WORDS["synthesis"], "of the synthesis prompt with its worked examples"), ("context", 73, "of a context"), ("action", 18, "of an action"),
                                ("trace", 32, "of a trace"), ("reconstruction", 19, "of a reconstruction")):
         group.add_argument(f"--{name}", type=positive_int, default=tokens, metavar="TOKENS", help=f"{what} (default: %(default)s)")
     group = parser.add_argument_group("speed and price")

@@ -43,7 +43,7 @@ def main() -> None:
         "data": {key: results["data"][key] for key in ("people", "pairs", "conversations")}, "seconds": seconds,
         **{what: {arm: {key: rounded(row.get(key)) for key in KEPT if key in row} for arm, row in results[what].items()} for what in ("arms", "reconstructions")},
         "comparisons": [{key: rounded(value) for key, value in row.items() if key not in ("by_person", "matched")}
-                        | {"matched": {key: rounded(value) for key, value in (row["matched"] or {}).items()}, "by_person": {person[:8]: rounded(part["win_rate"]) for person, part in (row["by_person"] or {}).items()}}
+                        | {"matched": {key: rounded(value) for key, value in (row["matched"] or {}).items()}, "by_person": {person: rounded(part["win_rate"]) for person, part in (row["by_person"] or {}).items()}}
                         for row in results["comparisons"]],
         "reading": results["reading"]}, indent=1))
 

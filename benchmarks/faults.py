@@ -1,13 +1,15 @@
 """Is anything lost when a stage is killed? SIGKILL to stages 02 to 06 at random moments, a new start, and a comparison with undisturbed runs.
 
-    python benchmarks/faults.py                      20 kills a stage and objective, on a tiny random model made on the spot
+    python benchmarks/faults.py                      20 trials a stage and objective, on a tiny random model made on the spot
     python benchmarks/faults.py --trials 2 --stages 02 04
 
 A stage runs as `python STAGE.py` runs it, but forked from a process that has imported the libraries already, so that every
 moment falls into the stage's own work. Moments are drawn evenly over the time an undisturbed run takes, with fixed seeds; the
 new start is killed as well in every second trial. A trial is lost if any file of the run folder then differs from that of an
-undisturbed run (apart from times: costs.jsonl, and `seconds` in rl.jsonl and the report), or if a row that was whole on disk
-at the kill is not in the end.
+undisturbed run (apart from times: costs.jsonl, and `seconds` in rl.jsonl and the report), if a row that was whole on disk
+at the kill is not in the end, or if a new start makes anew what was finished at a kill before it: a row, an adapter, or a
+checkpoint of GRPO or one before it. (A row of token_logprobs.jsonl is finished with that of scores.jsonl. A fit saves its own
+checkpoints by the minute, so none is made here.) Prints one JSON object last.
 """
 
 import argparse
@@ -22,7 +24,9 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -31,6 +35,8 @@ import matplotlib.pyplot  # noqa: F401  stages import these three when they need
 import peft  # noqa: F401
 import scipy.stats  # noqa: F401
 from conftest import make_tiny
+
+import common
 
 FIT = ["--epochs", "2", "--rank", "4"]
 STAGES = {
@@ -43,12 +49,42 @@ STAGES = {
 }
 
 
+def note_what_is_made(notes: Path) -> None:
+    """Have this process write down, a line each, the rows, adapters and checkpoints that it saves, in the words of finished()."""
+    def noting(save: Callable, items: Callable[..., list[str]]) -> Callable:
+        def noted(*given: Any) -> None:                       # before it is saved: what is torn by a kill has been worked on as well
+            with notes.open("a") as file:
+                file.writelines(f"{item}\n" for item in items(*given))
+            save(*given)
+
+        return noted
+
+    name = lambda path: path.relative_to(notes.with_suffix("")).as_posix()
+    common.append_rows = noting(common.append_rows, lambda path, rows: [f"{name(path)} {row['id']}" for row in rows if "id" in row])
+    common.save_adapter = noting(common.save_adapter, lambda _, folder, __: [name(folder)])
+    common.save_checkpoint = noting(common.save_checkpoint, lambda folder, _, __, done, ___: [f"{name(folder)} step {done}"])
+
+
+def finished(folder: Path) -> set[str]:
+    """The rows, adapters and steps of GRPO that a run folder holds whole."""
+    rows = {f"{name} {row['id']}" for name, lines in whole_rows(folder).items() if name != "token_logprobs.jsonl" for row in map(json.loads, lines) if "id" in row}
+    adapters = {path.parent.relative_to(folder).as_posix() for path in folder.glob("models/*/adapter_model.safetensors")}
+    done = {path.parent.relative_to(folder).as_posix(): json.loads(path.read_text()) for path in folder.glob("rl/*/step.json") if not path.parent.suffix}
+    return rows | adapters | {f"{checkpoint} step {step}" for checkpoint, steps in done.items() for step in range(1, 1 + steps)}
+
+
+def made_anew(notes: Path, there: set[str]) -> set[str]:
+    """What of that which was `there` a process made again."""
+    return there.intersection(notes.read_text().splitlines() if notes.is_file() else [])
+
+
 def start(script: str, arguments: list[str], log: Path) -> int:
-    """Run a script in a fork of this process, as a program; returns its process id."""
+    """Run a script in a fork of this process, as a program; returns its process id. What it makes is noted beside the run folder."""
     if pid := os.fork():
         return pid
     code = 1
     try:
+        note_what_is_made(Path(f"{arguments[1]}.made"))
         sys.argv = [script, *arguments]
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
@@ -108,8 +144,8 @@ def whole_rows(folder: Path) -> dict[str, list[bytes]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=tuple(STAGES))
+    parser.add_argument("--trials", type=common.positive_int, default=20, help="a stage and objective (default: %(default)s)")
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=tuple(STAGES), help="which of them are killed; the others run once (default: all)")
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="faults-"))
     before, log, trial = work / "undisturbed", work / "log", work / "trial"
@@ -131,24 +167,30 @@ def main() -> None:
         while stage in args.stages and found["trials"] < args.trials:
             shutil.rmtree(trial, ignore_errors=True)
             shutil.copytree(before, trial)
-            arguments, killed, kept = ["--run", str(trial), *settings], 0, True
+            notes = trial.with_suffix(".made")
+            arguments, killed, kept, there, anew = ["--run", str(trial), *settings], 0, True, set(), set()
             for moment in [numbers.uniform(0, seconds) for _ in range(1 + found["trials"] % 2)]:
-                if not run(script, arguments, log, moment):
-                    break                                     # it had ended; what remains to be done decides where a second kill falls
-                killed += 1
+                notes.unlink(missing_ok=True)
+                ended = not run(script, arguments, log, moment)
+                anew |= made_anew(notes, there)
+                if ended:
+                    break                                     # what remains to be done decides where a second kill falls
+                killed, there = killed + 1, there | finished(trial)
                 found["halfway"] += contents(trial) not in (contents(before), wanted)
                 at_kill = whole_rows(trial)
                 kept = kept and all(rows == rows_wanted[name][:len(rows)] for name, rows in at_kill.items())
             if not killed:
                 found["moments_drawn_again"] += 1
                 continue
+            notes.unlink(missing_ok=True)
             run(script, arguments, log)
+            anew |= made_anew(notes, there)
             got = contents(trial)
             different = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
             found["trials"], found["kills"] = found["trials"] + 1, found["kills"] + killed
-            if different or not kept:
+            if different or anew or not kept:
                 found["lost"] += 1
-                print(f"stage {stage}, trial {found['trials']}: {different or 'a row that was whole at the kill'}")
+                print(f"stage {stage}, trial {found['trials']}: {different or (f'made anew: {sorted(anew)}' if anew else 'a row that was whole at the kill')}")
         before = after
         if stage in args.stages:
             report[stage] = found

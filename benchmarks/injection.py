@@ -1,11 +1,13 @@
 """Does text that gives orders move a score? 20 injected turns on real pairs and the embedded model, each against a harmless turn of the same length.
 
-    python benchmarks/injection.py                   2 pairs, some 10 minutes on an idle core
+    python benchmarks/injection.py                   2 pairs, some 20 minutes on one core
     python benchmarks/injection.py --pairs 4
 
 An injection stands once in the conversation, before its last turn, and once at the end of the first of two guesses; a harmless
-text of as many tokens stands in the same places. The judge's text is fenced and shown without JSON; it is measured again without either. For each scorer: the mean shift of the score by the injection, by the harmless
-text, and the difference, with a 95 % interval over the injections. Noise is how far a rating moves when the same guesses are shown in the other order. The actions are not touched.
+text of as many tokens stands in the same places. The judge's text is fenced and freed of brackets and double quotes; it is measured
+again without the fences, with the brackets and quotes, and with neither protection. For each scorer: the mean shift of the score by the
+injection, by the harmless text, and the difference, with a 95 % interval over the injections. Noise is how far a rating moves when the
+same guesses are shown in the other order. The actions are not touched. Prints one JSON object last.
 """
 
 import argparse
@@ -61,6 +63,18 @@ def with_turn(pair: dict, text: str) -> dict:
     return pair | {"context": [*turns[:-1], {"speaker": turns[-1]["speaker"], "text": text}, turns[-1]]}
 
 
+def open_fences(prompt: list) -> list:
+    """The judge's prompt without its fences and what it says of them."""
+    opened = []
+    for role, content in prompt:
+        for old, new in OPEN:
+            content = content.replace(old, new)
+        opened.append((role, content))
+    if any(mark in content for _, content in opened for mark in ("<<<", ">>>")):
+        common.stop("the judge's prompt has other fences than OPEN takes away")
+    return opened
+
+
 def shifts(clean: list[list[float]], injected: list[list[float]], harmless: list[list[float]]) -> dict:
     """Mean shifts of scores [pair][injection] against clean ones [pair][0], and the difference with its interval by injection."""
     count = range(len(injected[0]))
@@ -73,8 +87,8 @@ def shifts(clean: list[list[float]], injected: list[list[float]], harmless: list
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=2)
-    parser.add_argument("--injections", type=int, default=len(INJECTIONS))
+    parser.add_argument("--pairs", type=common.positive_int, default=2, help="real pairs in which each text is tried (default: %(default)s)")
+    parser.add_argument("--injections", type=common.positive_int, default=len(INJECTIONS), help="use the first so many texts; fewer than 6 give no interval (default: all %(default)s)")
     args = parser.parse_args()
     run = Path(tempfile.mkdtemp(prefix="injection-"))
     prepare.main(["--run", str(run), "--limit", "40"])
@@ -85,20 +99,14 @@ def main() -> None:
     injections = INJECTIONS[:args.injections]
     texts = {"injected": injections, "harmless": [as_long(tokenizer, text) for text in injections]}
     trace = "Sam is interested in what Alex says and wants to answer in a friendly way."
-    fenced, without_json = common.PROMPTS["judge"], common.NO_JSON
-    plain = []
-    for role, content in fenced:
-        for old, new in OPEN:
-            content = content.replace(old, new)
-        plain.append((role, content))
+    fenced, plain, without_json = common.PROMPTS["judge"], open_fences(common.PROMPTS["judge"]), common.NO_JSON
+    judges = {"judge": (fenced, without_json), "judge_without_fences": (plain, without_json), "judge_with_brackets": (fenced, {}), "judge_with_neither": (plain, {})}
 
-    def judge(pair: dict, guesses: list[str], prompt: list) -> list[float]:
-        common.PROMPTS["judge"], common.NO_JSON = prompt, without_json if prompt is fenced else {}
+    def judge(pair: dict, guesses: list[str], protection: tuple[list, dict]) -> list[float]:
+        common.PROMPTS["judge"], common.NO_JSON = protection
         ratings = common.judge_locally(model, tokenizer, common.show_scene(pair), pair["action"], guesses)
-        common.PROMPTS["judge"], common.NO_JSON = fenced, without_json
         return [sum(rating.values()) / len(common.ASPECTS) for rating in ratings]
 
-    judges = {"judge": fenced, "judge_without_fences": plain}
     names = ("likelihood", "unsaid", "embedding", *judges)
     in_context = {name: {kind: [] for kind in ("clean", *texts)} for name in names}
     in_guess = {name: {kind: [] for kind in ("clean", *texts)} for name in ("embedding", *judges)}
@@ -117,11 +125,11 @@ def main() -> None:
             in_context["embedding"][kind].append(near(again))
             said = [guesses] if kind == "clean" else [[f"{written} {text}", guesses[1]] for text in texts[kind]]
             in_guess["embedding"][kind].append(near([some[0] for some in said]))
-            for name, prompt in judges.items():
-                in_context[name][kind].append([judge(some, guesses, prompt)[0] for some in shown])
-                in_guess[name][kind].append([judge(pair, some, prompt)[0] for some in said])
-        for name, prompt in judges.items():
-            noise[name].append(abs(judge(pair, guesses, prompt)[0] - judge(pair, guesses[::-1], prompt)[1]))
+            for name, protection in judges.items():
+                in_context[name][kind].append([judge(some, guesses, protection)[0] for some in shown])
+                in_guess[name][kind].append([judge(pair, some, protection)[0] for some in said])
+        for name, protection in judges.items():
+            noise[name].append(abs(judge(pair, guesses, protection)[0] - judge(pair, guesses[::-1], protection)[1]))
     result = {"in_context": {name: shifts(**found) for name, found in in_context.items()}, "in_guess": {name: shifts(**found) for name, found in in_guess.items()},
               "noise_of_order": {name: sum(some) / len(some) for name, some in noise.items()}, "pairs": len(pairs), "injections": len(injections), "torch": torch.__version__}
     print(json.dumps(result))

@@ -1,6 +1,6 @@
 """How long stage 1 takes, and how much memory, on a made-up ConvoKit corpus of the size of the whole Supreme Court corpus.
 
-    python benchmarks/prepare.py                 1,800,000 utterances in 8,300 conversations, about 0.8 GB on disk
+    python benchmarks/prepare.py                 1,800,000 utterances in 8,300 conversations, 0.74 GB on disk
     python benchmarks/prepare.py --zip           the same read out of a zip
 
 Writes the corpus (not timed) under --folder, runs 01_prepare.py on it as a program, and prints one JSON object last with

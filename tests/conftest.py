@@ -218,7 +218,7 @@ class Browser:
 @pytest.fixture()
 def browser(tmp_path):
     if not shutil.which("chromium"):
-        pytest.skip("no chromium on this machine: it is a system package (.ci/run installs it)")
+        pytest.skip("no chromium on this machine: install that system package to run the browser tests")
     driven = Browser(tmp_path)
     yield driven
     driven.close()

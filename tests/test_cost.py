@@ -1,11 +1,14 @@
-"""The cost model counts the calls that the stages make."""
+"""The cost model counts the calls that the stages make and the tokens of their prompts."""
 
 import json
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, make_pair
+
+import common
+from benchmarks import cost
 
 
 def estimate(*arguments):
@@ -30,3 +33,23 @@ def test_what_is_not_asked_for_costs_nothing():
     found = estimate("--pairs", "10", "--scorers", "judge", "--steps", "0")
     assert {row["stage"] for row in found["parts"]} == {"02", "03", "04", "06"} and "hours" not in found["total"]
     assert {row["what"] for row in found["parts"] if row["stage"] == "03"} == {"reconstructions", "judgements"}
+
+
+def test_the_lengths_of_prompts_are_those_of_the_prompts():
+    """Each of the counted words is a prompt around single words, less these words; a sum of pieces may differ by a token from a count of the whole."""
+    tokenizer = common.load_tokenizer("embedded")
+    length = lambda text: len(common.encode_data(tokenizer, text))
+    pair = make_pair(action="so") | {"user": "x" * 32}                      # the embedded people have such long ids
+    scene, word = length(common.show_scene(pair)), length("so")
+    fill = lambda prompt, **fields: len(sum(common.encode_prompt(tokenizer, prompt, context="so", action="so", **fields), []))
+    counted = {"synthesis": len(common.synthesis_prompt(tokenizer, pair)) - scene - word,
+               "judge": fill("judge", guesses="so") - 3 * word, "comparison": fill("comparison", first="so", second="so") - 4 * word,
+               "user_model": len(common.user_prompt(tokenizer, pair, True)) - scene}
+    behind = {"user_model": len(common.user_completion(tokenizer, "so", "so")) - 2 * word}
+    for prompt in ("reconstruction", "transcript"):
+        shared, (suffix,) = common.reconstruction_prompt(tokenizer, common.show_scene(pair), ["so"], prompt)
+        counted[prompt], behind[prompt] = len(shared) - scene, len(suffix) - word
+    assert cost.WORDS == pytest.approx(counted, abs=2) and cost.BEHIND == pytest.approx(behind, abs=2)
+    assert cost.GUESS == pytest.approx(length(common.list_guesses(["so"] * 8)) / 8 - word, abs=1)
+    answer = json.dumps({str(guess): dict.fromkeys(common.ASPECTS, 0) for guess in range(1, 9)}, separators=(",", ":"))
+    assert cost.RATING == pytest.approx(length(answer) / 8, abs=1)
