@@ -408,9 +408,9 @@ DOMAINS = {
 
 # Escaped brackets are a transcriber's, whatever they hold. Others hold words of people too, so there it must be a sound, a break or a time.
 SOUND = r"(?:\w{1,20} )?(?:laughs|laughing|laughter|chuckles|applause|cheers|inaudible|unintelligible|indiscernible|cross-?talk)(?:(?: and|,) \w{1,20})?"
-BREAK = r"music|pause|recess|silence|no response"
-TIME = r"\d\d?(?::\d\d){1,2}(?:\.\d+)?"
-DIRECTION = re.compile(rf"\\\[[^\[\]\n]{{0,60}}\\\]|(?<!\w)\[(?i:{SOUND}|{BREAK}|(?={TIME}))\.?(?: ?{TIME})?\](?![\w(])|\((?=[A-Z])(?i:{SOUND}|{BREAK})\.?(?: {TIME})?\)")
+BREAK = r"pause|recess|no response"
+TIME = r"(?:\d\d:\d\d(?::\d\d)?|\d:\d\d:\d\d)(?:\.\d+)?"                           # not a verse, 5:17, or a ratio, 3:10
+DIRECTION = re.compile(rf"\\\[[^\[\]\n]{{0,60}}\\\]|(?<!\w)\[(?i:{SOUND}|{BREAK}|music|silence|(?={TIME}))\.?(?: ?{TIME})?\](?![\w(])|(?<!\w)\((?=[A-Z])(?i:{SOUND}|{BREAK})\.?(?: {TIME})?\)")
 
 # What each domain needs and no more. A rule takes a text and returns it without what the rule removes; "deleted" is handled where threads are tidied.
 CLEANING: dict[str, Callable[[str], str]] = {
@@ -547,7 +547,7 @@ def split_conversations(conversations: list[tuple[str, str | None, list[Turn]]],
     """
     splits: dict[str, str] = {}
     for user in users:
-        mine = list(dict.fromkeys((at, name) for name, at, turns in conversations if any(turn.speaker == user and turn.answers is not None for turn in turns)))
+        mine = [(at, name) for name, at in {name: at for name, at, turns in conversations if any(turn.speaker == user and turn.answers is not None for turn in turns)}.items()]
         random.Random(seed).shuffle(mine)
         if all(at is not None for at, _ in mine):
             mine.sort()
@@ -631,12 +631,13 @@ def pseudonymise(pairs: list[Row], users: list[str], speakers: Iterable[str]) ->
     texts = [text for pair in pairs for text in (pair["action"], *(turn["text"] for turn in pair["context"]))]
     small = {word for text in texts for word in re.findall(r"\b[a-z]{2,}\b", text)}
     words: dict[str, str] = {}
-    for name, role in reversed(roles.items()):               # the modelled people last, so that a shared name is theirs
+    named = [(name, role) for name, role in roles.items() if name not in NOBODY]          # 'missing' is no name
+    for name, role in reversed(named):                       # the modelled people last, so that a shared name is theirs
         words |= {word.casefold(): role for word in re.findall(r"[^\W\d_]{2,}", name) if not re.search(r"\d", name) and word.casefold() not in small}
-    for name, role in reversed(roles.items()):
+    for name, role in reversed(named):
         words |= {form.casefold(): role for form in (name, name.replace("_", " ")) if len(form) > 2}
     pattern = re.compile(r"(?<!\w)(?:" + "|".join(sorted(map(re.escape, words), key=len, reverse=True)) + r")(?!\w)", re.IGNORECASE)
-    whole = {form.casefold() for name in roles for form in (name, name.replace("_", " "))}
+    whole = {form.casefold() for name, _ in named for form in (name, name.replace("_", " "))}
 
     def role_of(found: re.Match) -> str:
         text = found.group()

@@ -52,7 +52,7 @@ import torch
 
 from common import (END_THINK, FEWEST, MIN_P, PROMPTS, REMOTE, Portions, Row, Server, append_rows, batches_by_length, begin_output, begin_run, bootstrap_interval,
                     check_adapter, check_made_from, clean_action, close_trace, closing_line, cut_torn_line, decode, discard, dump_row, embed, encode_data,
-                    encode_prompt, end_output, file_hash, finished_rows, fraction, gather, generate, leave_to_first, load_adapter, load_encoder, load_model,
+                    encode_prompt, end_output, file_hash, finished_rows, first_difference, fraction, gather, generate, leave_to_first, load_adapter, load_encoder, load_model,
                     made_with, messages_of, one_line, open_server, packed_logits, packed_logprobs, part_of, positive_float, positive_int, process_count, process_rank,
                     progress, quantiles, read_candidates, read_object, read_pairs, read_rows, record_of, run_stage, seed_of, server_address, server_arguments, settle_folder, share,
                     show_context, show_rate, show_scene, stage_arguments, stop, stop_unanswered, user_prompt, wait_for_all, words_of, write_output, write_text)
@@ -956,7 +956,7 @@ for (const [name, sides] of Object.entries(data.distributions)) {
   const asked = data.costs.some(row => row.requests);
   by("cost").append(table(["stage", "starts", "rows", "seconds", "tokens", "tokens a second", ...(asked ? ["requests to a server", "tokens read there", "written there"] : [])], Object.entries(stages).map(([stage, sum]) =>
     [stage, sum.starts, sum.rows, fixed(sum.seconds, 0), sum.tokens, sum.seconds ? fixed(sum.tokens / sum.seconds, 0) : "", ...(asked ? [sum.requests, sum.read, sum.written] : [])]), []),
-    make("p", `Model calls: ${Object.entries(data.calls).map(([name, count]) => `${count} ${name}`).join(", ")}.`, "note"));
+    make("p", Object.keys(data.calls).length ? `Model calls of stages 2 and 3, and verdicts of this one: ${Object.entries(data.calls).map(([name, count]) => `${count} ${name}`).join(", ")}.` : "", "note"));
 }
 let place = 0, shown = data.examples;
 for (const arm of arms) by("of-arm").append(make("option", arm));
@@ -1136,8 +1136,11 @@ def main(argv: list[str] | None = None) -> None:
     folders = {arm: args.run / "models" / arm for arm in ARMS if (args.run / "models" / arm).is_dir()}
     if args.versus not in folders:
         stop(f"{args.run / 'models' / args.versus} does not exist, and --versus {args.versus} is compared with; run 04_select_sft.py first")
+    prompt = made_with(Namespace(run=args.run), prompts=["user_model"])["prompts"]["user_model"]
     for arm, folder in folders.items():
         check_adapter(folder, args.model)
+        if first_difference(record_of(folder).get("prompts", {}).get("user_model", prompt), prompt):
+            stop(f"{folder} was fitted with another prompt for user models than the one there is now; remove it, and fit it anew")
         check_made_from(folder, source, "the stages from 02 on with")
         if arm in select_sft.ARMS and scores.is_file():
             check_made_from(folder, scores, "04_select_sft.py with")
@@ -1192,13 +1195,13 @@ def main(argv: list[str] | None = None) -> None:
     written = {"actions": {arm: {name: row["action"] for name, row in rows.items()} for arm, rows in predictions.items()},
                "reconstructions": {arm: {name: row["reconstruction"] for name, row in rows.items()} for arm, rows in rebuilt.items()}}
     thoughts = {what: {arm: {name: row["trace"] for name, row in rows.items()} for arm, rows in some.items()} for what, some in zip(WHATS, (predictions, rebuilt))}
-    judgements, comparisons, near = [], [], {}
+    judgements, comparisons, near, answers = [], [], {}, args.run / "answers.jsonl"
     results: Row = {"arms": {}, "reconstructions": {}}
     for what, key in zip(WHATS, results):
         if written[what]:
             some = [pair for pair in pairs if all(pair["id"] in rows for rows in written[what].values())]
             versus = args.versus if args.versus in written[what] else "backward"          # e2e-grpo's traces come with its actions, none without
-            rows = judge_pairs(judge, what, some, written[what], choose_comparisons(list(written[what]), versus, args.round_robin), args.run / "answers.jsonl")
+            rows = judge_pairs(judge, what, some, written[what], choose_comparisons(list(written[what]), versus, args.round_robin), answers)
             found = compare_all(rows, some, written[what], args.seed)
             near[what] = {arm: dict(zip((pair["id"] for pair in some), cosines(encoder, [pair["action"] for pair in some], [of[pair["id"]] for pair in some])))
                           for arm, of in written[what].items()}
@@ -1235,10 +1238,9 @@ def main(argv: list[str] | None = None) -> None:
     print_results(results)
     if judge.calls:
         print(f"judge: {judge.calls} calls made now, {len(judgements)} verdicts")
-    print(f"report: {report}")
+    print(f"report: {report}")                              # written behind the closing line, so that its costs have this stage too
     closing_line(args.run, "06_evaluate", len(folders) * len(pairs), len(folders) * len(pairs), reused, started, tokens, servers.values())
-    # Behind that line, so that the report's costs have this stage too.
-    calls |= {"verdicts": len(judgements)} if judge.orders != ("both",) else {}
+    calls |= {"verdicts": len(read_answers(answers))} if answers.is_file() else {}
     write_page(report, PAGE, {**results, **shorter, "versus": args.versus, "examples": make_examples(pairs, predictions, rebuilt, near, judgements, args.versus, scored),
                               "distributions": distributions(scored), "rl": log, "costs": read_rows(costs, COSTS), "calls": calls})
     write_output(target, json.dumps(results, indent=1), record)

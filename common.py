@@ -179,10 +179,13 @@ LOOPS: list[str] = []                                      # what `progress` is 
 ASKED: list[int] = []                                      # the signal that asked to end, if one did
 
 
+def same_command() -> str:
+    return "start the same command again" + ", without --overwrite," * ("--overwrite" in sys.argv)
+
+
 def leave(number: int) -> NoReturn:
     """End on signal `number` with what a shell reports for it: 130 after SIGINT, 143 after SIGTERM."""
-    again = "start the same command again, without --overwrite," if "--overwrite" in sys.argv else "start the same command again"
-    print(f"stopped by {signal.Signals(number).name}: what is finished is saved; {again} to go on", file=sys.stderr)
+    print(f"stopped by {signal.Signals(number).name}: what is finished is saved; {same_command()} to go on", file=sys.stderr)
     raise SystemExit(128 + number)
 
 
@@ -206,7 +209,7 @@ def run_stage(main: Callable[[], None]) -> None:
     try:
         main()
     except torch.OutOfMemoryError as problem:                 # in training, where a step is not worked on in portions
-        stop(f"out of memory ({first_line(problem)}); {SMALLER}. Finished rows and steps are kept: start the same command again")
+        stop(f"out of memory ({first_line(problem)}); {SMALLER}, in another --run folder. What is finished is kept: where there is more memory, {same_command()} to go on")
     except (OSError, SafetensorError) as problem:
         code = getattr(problem, "errno", None)
         if isinstance(problem, SafetensorError) and (found := re.search(r"os error (\d+)", str(problem))):
@@ -214,7 +217,7 @@ def run_stage(main: Callable[[], None]) -> None:
         if code not in WRITE_FAILURES:
             raise
         where = getattr(problem, "filename", None) or "a file of the run"
-        stop(f"{where}: {os.strerror(code)}; make room, or give the right to read and write, and start the same command again: finished rows are kept")
+        stop(f"{where}: {os.strerror(code)}; make room, or give the right to read and write, and {same_command()} to go on: finished rows are kept")
 
 
 def seed_of(*parts: object) -> int:
@@ -361,7 +364,7 @@ def made_with(args: argparse.Namespace, inputs: Iterable[Path] = (), prompts: Se
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key not in ignore}
     return json.loads(json.dumps({
         "arguments": arguments,
-        "prompts": {name: hashlib.sha256(repr(PROMPTS[name]).encode()).hexdigest()[:16] for name in prompts},
+        "prompts": {name: hashlib.sha256(repr((SCENE, PROMPTS[name])).encode()).hexdigest()[:16] for name in prompts},
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "tokenizers", "bitsandbytes")},
         "inputs": {named(path): file_hash(path) for path in inputs},
@@ -911,6 +914,7 @@ def embed(encoder: tuple[Any, Any], texts: Sequence[str], batch: int = 64) -> to
 # model is told an id as well, to tell apart the people who share it.
 PERSON = "Sam"
 SETTING = "A chat between friends."                        # of a pair that names no setting
+SCENE = "Setting: {}\n\n{}"                                # a pair's setting, if it names one, and the context
 OTHERS = ("Alex", "Robin", "Kim", "Jo", "Lee", "Max", "Pat")
 THINK, END_THINK = "<think>\n", "\n</think>\n"
 
@@ -998,7 +1002,7 @@ def show_context(pair: Row) -> str:
 
 def show_scene(pair: Row) -> str:
     """What prompts are told of the conversation: where it takes place and Sam's role, if the pair says so, then the context."""
-    return (f"Setting: {one_line(pair['setting'])}\n\n" if pair.get("setting") else "") + show_context(pair)
+    return SCENE.format(one_line(pair["setting"]), show_context(pair)) if pair.get("setting") else show_context(pair)
 
 
 @lru_cache(maxsize=8)
@@ -1758,7 +1762,8 @@ def open_server(name: str, concurrency: int, temperature: float = 0.0) -> Server
         stop(f"{name} is asked by one process, --concurrency requests at a time; start the stage without accelerate launch")
     server = Server(name, concurrency)
     try:
-        server.ask([{"role": "user", "content": "Say hello."}], 16, temperature, 0, may_be_empty=True)
+        # With a system message, as all prompts have one and some models refuse it.
+        server.ask([{"role": "system", "content": "You are polite."}, {"role": "user", "content": "Say hello."}], 16, temperature, 0, may_be_empty=True)
     except NoAnswer as problem:
         stop(f"{server.base} gives no answer for model {server.name}: {problem}; check OPENAI_BASE_URL, OPENAI_API_KEY and the name")
     server.opening = False

@@ -7,9 +7,9 @@ A stage runs as `python STAGE.py` runs it, but forked from a process that has im
 moment falls into the stage's own work. Moments are drawn evenly over the time an undisturbed run takes, with fixed seeds; the
 new start is killed as well in every second trial. A trial is lost if any file of the run folder then differs from that of an
 undisturbed run (apart from times: costs.jsonl, and `seconds` in rl.jsonl and the report), if a row that was whole on disk
-at the kill is not in the end, or if a new start makes anew what was finished at a kill before it: a row, an adapter, or a
-checkpoint of GRPO or one before it. (A row of token_logprobs.jsonl is finished with that of scores.jsonl. A fit saves its own
-checkpoints by the minute, so none is made here.) Prints one JSON object last.
+at the kill is not in the end, or if a new start makes anew what was finished at the kill before it: a row that a stage
+appends with its id, an adapter, or a step of GRPO that a checkpoint holds. (A row of token_logprobs.jsonl is finished with that
+of scores.jsonl. A fit saves its own checkpoints by the minute, so none is made here.) Prints one JSON object last.
 """
 
 import argparse

@@ -241,7 +241,7 @@ def test_memory_that_runs_out_where_nothing_can_be_halved_ends_the_stage_with_a_
     for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
         signal.signal(number, handler)
     error = capsys.readouterr().err
-    assert caught.value.code == 2 and "Tried to allocate 20 GiB" in error and "--group" in error and "start the same command again" in error
+    assert caught.value.code == 2 and "Tried to allocate 20 GiB" in error and "--group" in error and "start the same command again to go on" in error
 
 
 def test_a_limit_on_memory_is_a_share_of_the_gpus_and_needs_a_gpu(tmp_path, monkeypatch, capsys):

@@ -144,7 +144,7 @@ def test_what_answers_an_empty_turn_answers_what_that_one_answered_and_a_deleted
     ("stage directions", r"Yes \[laughter\] sign [08:10] me up.\[unintelligible 00:06:03.11\] (Laughter.)", "Yes   sign   me up.   "),
     ("stage directions", '[t]he State says [sic] that list[int] and x[0] (as in Lee) hold', '[t]he State says [sic] that list[int] and x[0] (as in Lee) hold'),
     ("stage directions", "[audience laughs] (Laughter and applause.) (General laughter.) [inaudible 00:01:02] (Inaudible 01:02) (Pause.) (Recess) [Music]", " " * 15),
-    *(("stage directions", text, text) for text in ("(Recess Appointments Clause) (Laughter is honest) (pause) (Pause the game) (Music and Art) (b) (A)", "[the Court] [12] [2019] [the music industry] [META] [1:1]", "[laughter](https://a.b)", "[" * 40_000)),
+    *(("stage directions", text, text) for text in ("(Recess Appointments Clause) (Laughter is honest) (pause) (Pause the game) (Music and Art) (Music) f(Pause) (b) (A)", "[the Court] [12] [2019] [the music industry] [META] [1:1] [5:17] [3:10]", "[laughter](https://a.b)", "[" * 40_000)),
     ("quoted lines", "\n" * 50_000 + "a > b", "\n" * 50_000 + "a > b"), ("links", "[" * 40_000, "[" * 40_000),
     ("quoted lines", "> you said\nI disagree\n &gt; this too\n3 > 2", " \nI disagree\n \n3 > 2"),
     ("links", "see [the paper](https://a.b/c_(d)) and https://x.y/z?q=1 there", "see the paper and   there"),
@@ -189,6 +189,18 @@ def test_pseudonyms_hide_every_speakers_name_wherever_it_stands(prepare):
     assert (hidden["id"], hidden["conversation"], hidden["setting"]) == ("markdown/conversation-1/3", "conversation-1", "person-1 is asked.")
     # Lee stays here, because the same text has it in small letters; Will and The are words.
     assert hidden["action"] == "Sure, Lee is in, and speaker-2 too. Will you? The one called u/speaker-3 and speaker-4 say so, the lee side."
+
+
+def test_what_stands_for_a_name_that_is_not_known_is_no_name_to_hide(prepare):
+    pairs = [{"id": "turns/c/1", "user": "ann", "conversation": "c", "context": [{"speaker": prepare.MISSING, "text": "Deleted again?"}], "action": "Missing a deadline is bad."}]
+    hidden, = prepare.pseudonymise(pairs, ["ann"], [prepare.MISSING, "[deleted]", "ann"])
+    assert hidden["action"] == "Missing a deadline is bad." and hidden["context"] == [{"speaker": "speaker-1", "text": "Deleted again?"}]
+
+
+def test_conversations_of_one_id_count_once_in_the_splits(prepare):
+    turns = prepare.tidy([("bo", "hi"), ("ann", "hello")], (), Counter())
+    splits = prepare.split_conversations([("a", "1", turns), ("b", "2", turns), ("c", "3", turns), ("a", "4", turns)], ["ann"], 0.1, 0.1, 0)
+    assert splits == {"b": "train", "c": "val", "a": "test"}
 
 
 def test_nobody_is_modelled_or_joined(prepare, tmp_path):
