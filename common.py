@@ -1714,9 +1714,10 @@ class Server:
                 print(f"note: {self.base}: {problem}; asking again for up to {sum(WAITS)} seconds", file=sys.stderr)
             self.gone.wait(max(wait * random.uniform(1, 1.5), asked_to_wait))     # not all threads at the same moment
         with self.lock:
-            self.problem, self.failed = problem, self.failed + (not refused)
-            if not refused and self.failed >= (USELESS if useless else GIVE_UP):
-                self.gone.set()
+            if not self.gone.is_set():                        # what a request met that was cut short is not why
+                self.problem, self.failed = problem, self.failed + (not refused)
+                if not refused and self.failed >= (USELESS if useless else GIVE_UP):
+                    self.gone.set()
         raise NoAnswer(problem)
 
     def each(self, function: Callable[[Any], Any], items: Iterable) -> list:

@@ -178,7 +178,8 @@ def test_a_pair_whose_answers_stay_empty_has_no_row_and_is_asked_for_at_the_next
 def test_a_server_that_stays_away_ends_the_stage_which_goes_on_when_it_is_back(stage, loopback, undisturbed, tmp_path, capsys):
     write_pairs(tmp_path)
     for run_stage, name, last in ((sample, "candidates.jsonl", 7), (score, "scores.jsonl", 13)):
-        loopback.answers, loopback.reply = ["Hello."], failing({last: lambda body: (loopback.stop(), 503)[1]})
+        # Its last answer comes when the other requests have given up, and must not be told as the reason.
+        loopback.answers, loopback.reply = ["Hello."], failing({last: lambda body: (loopback.stop(), time.sleep(0.5), 503)[2]})
         with pytest.raises(SystemExit) as caught:
             run_stage(stage, tmp_path)
         error = capsys.readouterr().err
