@@ -82,8 +82,8 @@ def summarise(rows: list[dict], before: list[dict]) -> dict:
         gains = {name: mean - means[1][name] for name, mean in means[0].items() if name in means[1]}
         found[kind] = {name: round(sum(row[name] for row in some) / len(some), 4) for name in ("specific", *MEASURED)}
         if rows is not before:
-            found[kind] |= {"specific_gain": round(sum(gains.values()) / len(gains), 4), "pairs": len(gains),
-                            "specific_gain_ci95": [round(end, 4) for end in common.bootstrap_interval(list(gains.values()), [conversations[name] for name in gains], 0)]}
+            interval = common.bootstrap_interval(list(gains.values()), [conversations[name] for name in gains], 0)
+            found[kind] |= {"specific_gain": round(sum(gains.values()) / len(gains), 4), "pairs": len(gains), "specific_gain_ci95": interval and [round(end, 4) for end in interval]}
     return found
 
 

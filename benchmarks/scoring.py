@@ -98,7 +98,7 @@ def measure_pairs(model: Any, tokenizer: Any, encoder: Any, pairs: list[dict], w
 
 def measure_planted(model: Any, tokenizer: Any, encoder: Any, path: Path) -> dict:
     """How often the cause comes first among the honest traces, by each score; what the guard catches and what it costs."""
-    items = common.read_rows(path, ("id", "context", "action", "cause", "justification", "leak", "leak_kind"))
+    items = common.read_rows(path)                            # their `leak` is a trace, not the number of scores.jsonl
     pairs = [{"id": item["id"], "user": "sam", "conversation": item["id"], "split": "test", "context": item["context"], "action": item["action"]} for item in items]
     traces = [[item["cause"], item["justification"], after["cause"], item["leak"]] for item, after in zip(items, items[1:] + items[:1])]
     rows, _ = score_all(model, tokenizer, encoder, pairs, [[{"trace": trace, "tokens": len(trace.split())} for trace in some] for some in traces], path.stem)
