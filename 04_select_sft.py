@@ -38,10 +38,11 @@ from common import (Group, Row, add_adapter, begin_run, check_made_from, check_r
 
 ARMS = ("none", "backward", "recon", "shuffled", "longest", "worst")
 SAVE_SECONDS = 120                                         # between checkpoints of a fit: what a kill can cost
+NEAR = 2e-5                                                # scores no further apart are a tie: so much, another --batch can move a log-prob
 
 
 def choose_trace(arm: str, row: Row, score: str) -> Row:
-    """The trace row {id, trace, k, score, leak, stopped} of an arm for one scored pair; ties go to the earlier candidate."""
+    """The trace row {id, trace, k, score, leak, stopped} of an arm for one scored pair; ties, to within NEAR, go to the earlier candidate."""
     candidates = row["candidates"]
     if arm == "none":
         return {"id": row["id"], "trace": None, "k": None, "score": row["baseline"].get(score), "leak": 0.0, "stopped": False}
@@ -50,9 +51,10 @@ def choose_trace(arm: str, row: Row, score: str) -> Row:
     else:
         scored = [k for k, candidate in enumerate(candidates) if candidate["scores"].get(score) is not None]
         least = min(given_away(candidates[k]) for k in scored)                          # 0 if any passed the guard
-        honest = [k for k in scored if given_away(candidates[k]) == least]
-        worth = {"longest": lambda k: candidates[k]["tokens"], "worst": lambda k: -candidates[k]["scores"][score]}
-        k = max(honest, key=worth.get(arm, lambda k: candidates[k]["scores"][score]))
+        honest = [k for k in scored if given_away(candidates[k]) <= least + NEAR]
+        wanted = {"longest": lambda k: candidates[k]["tokens"], "worst": lambda k: -candidates[k]["scores"][score]}
+        worth = list(map(wanted.get(arm, lambda k: candidates[k]["scores"][score]), honest))
+        k = next(k for k, value in zip(honest, worth) if value >= max(worth) - NEAR)
     chosen = candidates[k]
     return {"id": row["id"], "trace": chosen["trace"], "k": k, "score": chosen["scores"].get(score), "leak": chosen["leak"], "stopped": chosen["stopped"]}
 

@@ -41,6 +41,14 @@ def test_a_leaking_trace_is_chosen_only_if_all_leak_and_then_the_least(sft):
     assert chosen["k"] == 2 and chosen["leak"] == 0.2
 
 
+def test_candidates_whose_scores_differ_by_rounding_tie_and_the_earlier_one_is_chosen(sft, numbers):
+    """Whatever the rounding: another batch must not turn the choice."""
+    for _ in range(100):
+        row = scored_row([score + numbers.uniform(-5e-6, 5e-6) for score in (-0.3, 0.4, -0.7, 0.4, -0.7)])
+        assert [sft.choose_trace(arm, row, "unsaid")["k"] for arm in ("recon", "worst")] == [1, 2]
+    assert [sft.choose_trace(arm, scored_row([0.4, 0.401, -0.7, -0.701]), "unsaid")["k"] for arm in ("recon", "worst")] == [1, 3]
+
+
 def test_a_missing_score_is_never_taken_for_zero(sft, capsys):
     row = scored_row([-0.5, None, -0.7])
     assert sft.choose_trace("recon", row, "unsaid")["k"] == 0
