@@ -415,7 +415,7 @@ DIRECTION = re.compile(rf"\\\[[^\[\]\n]{{0,60}}\\\]|(?<!\w)\[(?i:{SOUND}|{BREAK}
 # What each domain needs and no more. A rule takes a text and returns it without what the rule removes; "deleted" is handled where threads are tidied.
 CLEANING: dict[str, Callable[[str], str]] = {
     # \[laughter\], [08:10], \[unintelligible 00:06:03.11\], (Laughter.); not [t]he, [sic], [the Court], [1], a link or (Recess Appointments Clause)
-    "stage directions": lambda text: DIRECTION.sub(" ", text),
+    "stage directions": lambda text: DIRECTION.sub(" ", text) if "[" in text or "(" in text else text,      # most texts have none, and the pattern is slow
     "quoted lines": lambda text: re.sub(r"(?m)^[^\S\n]*(?:>|&gt;).*$", " ", text),
     "links": lambda text: re.sub(r"https?://\S+", " ", re.sub(r"\[([^\[\]\n]{0,300})\]\((?:[^()\n]|\([^()\n]{0,300}\)){0,2000}\)", r"\1", text)),
     "emphasis": lambda text: re.sub(r"(?<![\w*_`])(\*{1,3}|_{1,3}|`|~~)(?=\S)([^*_`~\n]+?)(?<=\S)\1(?![\w*_`])", r"\2", text),

@@ -38,7 +38,7 @@ from common import (Group, Row, add_adapter, begin_run, check_made_from, check_r
 
 ARMS = ("none", "backward", "recon", "shuffled", "longest", "worst")
 SAVE_SECONDS = 120                                         # between checkpoints of a fit: what a kill can cost
-NEAR = 2e-5                                                # scores no further apart are a tie: so much, another --batch can move a log-prob
+NEAR = 2e-5                                                # scores no further apart are a tie: so much, packing can move a log-prob
 
 
 def choose_trace(arm: str, row: Row, score: str) -> Row:

@@ -63,6 +63,14 @@ def tiny(tiny_folder):
 
 
 @pytest.fixture(scope="session")
+def encoder():
+    """The embedded sentence encoder, loaded once: nothing changes it."""
+    from common import load_encoder
+
+    return load_encoder()
+
+
+@pytest.fixture(scope="session")
 def stage():
     """stage('03_reconstruct_score') imports a stage file."""
     return importlib.import_module

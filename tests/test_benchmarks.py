@@ -3,7 +3,6 @@
 import json
 import random
 
-import pytest
 import torch
 from conftest import ROOT, make_pair
 
@@ -11,11 +10,6 @@ import common
 from benchmarks import rl_curve, scoring
 
 WORDS = "garden piano river winter bread letter window doctor holiday brother engine market".split()
-
-
-@pytest.fixture(scope="module")
-def encoder():
-    return common.load_encoder()
 
 
 def some_pairs(split: str, count: int = 8) -> list[dict]:

@@ -13,11 +13,6 @@ import common
 PLANTED = {name: common.read_rows(ROOT / "tests" / "data" / f"{name}.jsonl") for name in ("planted", "planted_fresh")}
 
 
-@pytest.fixture(scope="module")
-def encoder():
-    return common.load_encoder()
-
-
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_causes_and_justifications_share_no_run_of_words_with_the_action(name):
     """The set itself: a cause that quotes would make every scorer look good."""

@@ -36,7 +36,7 @@ def test_local_ratings_equal_one_plain_forward_a_guess_and_aspect(tiny):
                 assert row[aspect] == pytest.approx(slow_expected_digit(model, tokenizer, prompt, asked), abs=1e-4)
 
 
-def test_the_judge_sees_the_action_and_every_guess_but_no_trace(tiny, stage):
+def test_the_judge_sees_the_action_and_every_guess_but_no_trace(tiny, stage, encoder):
     scoring, (model, tokenizer) = stage("03_reconstruct_score"), tiny
     seen = []
 
@@ -46,7 +46,6 @@ def test_the_judge_sees_the_action_and_every_guess_but_no_trace(tiny, stage):
 
     pair = make_pair()
     row = {"id": pair["id"], "candidates": [{"trace": f"Sam feels number {k}.", "tokens": 4} for k in range(4)]}
-    encoder = common.load_encoder()
     (scored,), _ = scoring.score_pairs(model, tokenizer, encoder, judge, [pair], [row], [{"id": "x", "trace": "other", "tokens": 1}], ["judge"], 6)
     assert len(seen) == 1 and seen[0][1] == pair["action"]
     assert sorted(seen[0][2]) == sorted(candidate["reconstruction"] for candidate in scored["candidates"])
@@ -54,7 +53,7 @@ def test_the_judge_sees_the_action_and_every_guess_but_no_trace(tiny, stage):
     assert [candidate["scores"]["judge"] for candidate in scored["candidates"]] == [4.0] * 4
 
 
-def test_the_judge_takes_two_n_plus_one_model_calls_a_pair(tiny, stage, monkeypatch):
+def test_the_judge_takes_two_n_plus_one_model_calls_a_pair(tiny, stage, encoder, monkeypatch):
     """Counted where the model is called: each completion asked of it, and each forward of the judge."""
     sampling, scoring, (model, tokenizer) = stage("02_sample_candidates"), stage("03_reconstruct_score"), tiny
     calls = []
@@ -77,7 +76,7 @@ def test_the_judge_takes_two_n_plus_one_model_calls_a_pair(tiny, stage, monkeypa
         found = sampling.sample_traces(model, tokenizer, pairs, n, 5, 1.0, 0.1, "seed")
         rows = [{"id": pair["id"], "candidates": some} for pair, some in zip(pairs, found)]
         judge = scoring.local_judge(model, tokenizer)
-        scored, _ = scoring.score_pairs(model, tokenizer, common.load_encoder(), judge, pairs, rows, [{"id": "x", "trace": "y", "tokens": 1}] * 3, ["judge"], 5)
+        scored, _ = scoring.score_pairs(model, tokenizer, encoder, judge, pairs, rows, [{"id": "x", "trace": "y", "tokens": 1}] * 3, ["judge"], 5)
         assert sum(count for _, count in calls) == len(pairs) * (2 * n + 1), calls
         told = scoring.summarise(scored, {pair["id"]: pair["conversation"] for pair in pairs}, None)["calls"]
         assert told["traces"] + told["reconstructions"] + told["judgements"] == len(pairs) * (2 * n + 1)

@@ -86,9 +86,9 @@ def test_equal_texts_tie_unasked_and_no_question_is_asked_twice(evaluate, tmp_pa
     assert len(asked) == 6 and all("another text" in question for question in asked[4:])
 
 
-def test_the_encoder_prefers_the_closer_text_ties_near_equal_ones_and_never_an_empty_one(evaluate):
+def test_the_encoder_prefers_the_closer_text_ties_near_equal_ones_and_never_an_empty_one(evaluate, encoder):
     assert evaluate.closer(0.5, 0.4, 0.02) == "first" and evaluate.closer(0.4, 0.5, 0.02) == "second" and evaluate.closer(0.5, 0.49, 0.02) == "tie"
-    judge = evaluate.encoder_judge(common.load_encoder(), 0.02)
+    judge = evaluate.encoder_judge(encoder, 0.02)
     questions = [("my dog is ill and I am worried", "the train leaves at nine"), ("", "the train leaves at nine"), ("nine is when the train leaves", "")]
     assert judge.ask("Alex: hi", "I am worried because my dog is sick", questions) == ["first", "second", "first"] and judge.orders == ("both",)
 

@@ -46,6 +46,7 @@ def test_candidates_whose_scores_differ_by_rounding_tie_and_the_earlier_one_is_c
     for _ in range(100):
         row = scored_row([score + numbers.uniform(-5e-6, 5e-6) for score in (-0.3, 0.4, -0.7, 0.4, -0.7)])
         assert [sft.choose_trace(arm, row, "unsaid")["k"] for arm in ("recon", "worst")] == [1, 2]
+        assert sft.choose_trace("recon", scored_row([-0.3, 0.4, 0.9], [0.2 + numbers.uniform(0, 5e-6), 0.2 + numbers.uniform(0, 5e-6), 0.3]), "unsaid")["k"] == 1
     assert [sft.choose_trace(arm, scored_row([0.4, 0.401, -0.7, -0.701]), "unsaid")["k"] for arm in ("recon", "worst")] == [1, 3]
 
 
