@@ -49,7 +49,7 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from common import (CACHE, PERSON, Row, begin_run, check_record, cut_context, dump_row, encode_data, file_hash, first_line, fraction, load_tokenizer, made_with,
+from common import (CACHE, PERSON, Row, begin_run, break_tags, check_record, cut_context, dump_row, file_hash, first_line, fraction, load_tokenizer, made_with,
                     package_folder, parse_line, positive_int, progress, read_pairs, read_rows, run_stage, stage_arguments, stop, write_output, write_text)
 
 # What a reader yields: (id, time that sorts or None, turns). A turn is (speaker, text), or in a thread (speaker, text,
@@ -560,6 +560,11 @@ def split_conversations(conversations: list[tuple[str, str | None, list[Turn]]],
     return splits
 
 
+def token_counts(tokenizer: Any, texts: list[str]) -> list[int]:
+    """How many tokens encode_data makes of each text, in one call: a call costs more than a short text does."""
+    return list(map(len, tokenizer([break_tags(tokenizer, text) for text in texts], add_special_tokens=False, split_special_tokens=True).input_ids)) if texts else []
+
+
 def make_pairs(conversations: list[tuple[str, str | None, list[Turn]]], users: list[str], splits: dict[str, str], limits: Row, tokenizer: Any) -> tuple[list[Row], Counter]:
     """Every reply of `users` with its context, and a count of what was left out by reason.
 
@@ -571,15 +576,16 @@ def make_pairs(conversations: list[tuple[str, str | None, list[Turn]]], users: l
     for name, _, turns in progress([some for some in conversations if some[0] in splits], "making pairs"):
         parts[name] += 1
         again = f"{parts[name]}." if parts[name] > 1 else ""
-        for place, turn in enumerate(turns):
-            if turn.speaker not in users or turn.answers is None:
-                continue
+        mine = [place for place, turn in enumerate(turns) if turn.speaker in users and turn.answers is not None]
+        sizes = token_counts(tokenizer, [turns[place].text for place in mine])
+        for place, size in zip(mine, sizes):
+            turn = turns[place]
             key = (turn.speaker, turns[turn.answers].text.casefold(), turn.text.casefold())
             if turns[turn.answers].speaker == turn.speaker:
                 dropped["answers the same person"] += 1
             elif len(turn.text.split()) < limits["words"]:
                 dropped["action too short"] += 1
-            elif len(encode_data(tokenizer, turn.text)) > limits["action_tokens"]:
+            elif size > limits["action_tokens"]:
                 dropped["action too long"] += 1
             elif key in seen:
                 dropped["duplicate"] += 1
