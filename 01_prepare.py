@@ -1,758 +1,520 @@
 """Stage 1: turn conversations into (context, action) pairs of real people.
 
-An action is one turn of the modelled person, its context the turns that it answers: in a thread the chain of ancestors,
-in any other conversation the turns before it.
+An action is one turn of the modelled person. Its context is the turns before it, or in a thread the chain of ancestors.
 
     in     a source of conversations (--source), or a preset of source, people and setting (--domain)
-    out    RUN/pairs.jsonl              id, user, conversation, split, context [{speaker, text}], action, cut, setting
-           RUN/pairs.summary.json       people, what was cleaned, dropped and found wrong, with counts
+    out    RUN/pairs.jsonl              see common.Pair
+           RUN/pairs.summary.json       people, and what was cleaned, dropped and found wrong, with counts
 
 How to run it (each source into a --run of its own):
 
-    python 01_prepare.py                                     the embedded chat corpus, its two busiest people
-    python 01_prepare.py --list-users                        who is in the source, with counts
-    python 01_prepare.py --run runs/supreme --domain supreme                             a preset; the corpus is downloaded once
-    python 01_prepare.py --run runs/supreme --domain supreme --source convokit:FOLDER    the same, from a corpus folder or zip you have
-    python 01_prepare.py --run runs/talks --source markdown:FOLDER --user "Ann Lee"      transcripts whose turns open with **Name:**
-    python 01_prepare.py --run runs/mine --source turns:my.jsonl --user ann              your own data: rows {conversation, speaker, text, time?}
-    python 01_prepare.py --run runs/hub --source hub:NAME                                a `datasets` data set with a column of messages
+    python 01_prepare.py                                      the embedded chats, their two busiest people
+    python 01_prepare.py --list-users                         who is in the source, with counts
+    python 01_prepare.py --domain supreme                     a preset; its corpus is downloaded once
+    python 01_prepare.py --source convokit:FOLDER             a ConvoKit corpus: a folder, a zip or a name
+    python 01_prepare.py --source markdown:FOLDER             transcripts whose turns open with **Name:**
+    python 01_prepare.py --source turns:FILE --user ann       your own data, see TurnLine
+    python 01_prepare.py --source hub:NAME                    a `datasets` data set with a column of messages
 
-Departures from the paper: its eight people and four domains are not public knowledge; the domains here are of the same
-kind. The limits and the splits are ours: whole conversations go to one split, and a person's later conversations to
-test, as a model that is deployed meets them.
+Departures from the paper: its people and domains are not public; the domains here are of the same kind. The limits and
+the splits are ours: whole conversations go to one split, a person's later ones to test, as a deployed model meets them.
 """
 
-import argparse
 import difflib
-import fcntl
 import hashlib
 import html
-import http.client
+import io
 import json
-import lzma
 import os
 import random
 import re
-import time
-import urllib.error
-import urllib.request
+import sys
 import zipfile
-import zlib
-from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, NamedTuple
 
+import pooch
+from pydantic import AliasChoices, Field, ValidationError
 from tqdm import tqdm
 
-from common import (CACHE, PERSON, Row, begin_run, break_tags, check_record, cut_context, dump_row, file_hash, first_line, fraction, load_tokenizer, made_with,
-                    package_folder, parse_line, positive_int, progress, read_pairs, read_rows, run_stage, stage_arguments, stop, write_output, write_text)
+import common
+from common import PERSON, Pair, Row, Text, fail
 
-# What a reader yields: (id, time that sorts or None, turns). A turn is (speaker, text), or in a thread (speaker, text,
-# the place of the turn that it answers, which stands before it, or None).
-Conversation = tuple[str, str | None, list[tuple]]
+@dataclass(slots=True)
+class Turn:
+    speaker: str
+    text: str
+    parent: int | None = None                              # place of the turn that it answers, which stands before it
 
+class Conversation(NamedTuple):                            # what a reader yields
+    id: str
+    time: str | None                                       # sorts; if any is None, splits are random
+    turns: list[Turn]
+    problems: Sequence[tuple[str, str]] = ()               # (what is wrong, where), reported and not fatal
 
-# ------------------------------------------------------------------------------------------------
-# Sources: each is a generator of conversations. A new domain is one more function and one more line in SOURCES.
+def in_order(said: Iterable[tuple[str, str]]) -> list[Turn]:
+    """Turns from (speaker, text), each of which answers the one before."""
+    return [Turn(speaker, text, place - 1 if place else None) for place, (speaker, text) in enumerate(said)]
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Readers: each is a generator of conversations. A new domain is one more reader, a line in SOURCES and one in DOMAINS.
+
+class TurnLine(Row):
+    """A line of --source turns:FILE. The turns of a conversation stand in order."""
+    conversation: Text
+    speaker: Text
+    text: str
+    time: Annotated[float, Field(gt=-1e15, lt=1e15)] | str | None = None      # the first turn's counts
+
+class Utterance(Row):
+    """A line of a ConvoKit corpus' utterances.jsonl. Older corpora name some keys otherwise."""
+    id: str
+    speaker: str = Field(validation_alias=AliasChoices("speaker", "user"))
+    conversation: Text = Field(validation_alias=AliasChoices("conversation_id", "root"))
+    reply_to: str | None = Field(None, validation_alias=AliasChoices("reply_to", "reply-to"))
+    text: str | None
+    timestamp: Any = None
 
 def read_chitchat(_: str) -> Iterator[Conversation]:
     """Chats of two people with at least ten turns; a turn is a list of messages sent in a row."""
-    path = package_folder("chitchat_dataset") / "dataset.json"
+    path = common.package_folder("chitchat_dataset") / "dataset.json"
     for name, chat in json.loads(path.read_text(encoding="utf-8")).items():
-        turns = [(turn[0]["sender"], " ".join(message["text"] for message in turn)) for turn in chat["messages"] if turn]
-        if len(turns) >= 10 and len({speaker for speaker, _ in turns}) == 2:
-            yield name, chat["start"], turns
-
+        said = [(turn[0]["sender"], " ".join(message["text"] for message in turn)) for turn in chat["messages"] if turn]
+        if len(said) >= 10 and len({speaker for speaker, _ in said}) == 2:
+            yield Conversation(name, chat["start"], in_order(said))
 
 def read_turns(path: str) -> Iterator[Conversation]:
-    """A JSONL file with one turn a line, in order: conversation, speaker, text and, if known, time."""
-    conversations: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    times: dict[str, str | None] = {}
-    for number, row in enumerate(read_rows(Path(path), ("conversation", "speaker", "text")), start=1):
-        for key in ("conversation", "speaker", "text"):
-            if not isinstance(row[key], str):
-                stop(f"{path}, line {number}: {key!r} must be a string, found {type(row[key]).__name__}")
-        if blank := next((key for key in ("conversation", "speaker") if not row[key].strip()), None):
-            stop(f"{path}, line {number}: {blank!r} must not be empty")
-        name, at = row["conversation"], row.get("time")
-        # A number is padded so that it sorts like a date string does.
-        at = f"{at:020.6f}" if isinstance(at, int | float) and abs(at) < 1e15 else at
-        if not isinstance(at, str | None):
-            stop(f"{path}, line {number}: 'time' must be a number or an ISO date string, found {type(at).__name__}")
-        times.setdefault(name, at)
-        conversations[name].append((row["speaker"], row["text"]))
-    yield from ((name, times[name], turns) for name, turns in conversations.items())
-
+    conversations: dict[str, list[TurnLine]] = defaultdict(list)
+    for row in common.read_rows(Path(path), TurnLine):
+        conversations[row.conversation].append(row)
+    for name, rows in conversations.items():
+        time = f"{rows[0].time:020.6f}" if isinstance(rows[0].time, float) else rows[0].time     # sorts as dates do
+        yield Conversation(name, time, in_order((row.speaker, row.text) for row in rows))
 
 def read_hub(name: str) -> Iterator[Conversation]:
-    """A data set on the hub (or in a local folder) whose rows hold a list of turns under messages, conversations or turns."""
-    import datasets  # here, because the import takes a second that other sources need not pay
+    """A data set on the hub or in a local folder, whose rows hold a list of turns."""
+    import datasets                                        # here: a second that other sources need not pay
 
     try:
         rows = datasets.load_dataset(name, split="train")
-    except Exception as problem:  # the library raises many kinds: no network, no such name, no such split
-        for path in sorted(Path(name).rglob("*.jsonl")):     # it does not say which line it could not read
-            read_rows(path)
-        while problem.__cause__:
-            problem = problem.__cause__
-        stop(f"cannot load --source hub:{name}: {first_line(problem)}")
-    column = next((key for key in ("messages", "conversations", "turns") if key in rows.column_names), None)
-    if column is None:
-        stop(f"--source hub:{name} has columns {', '.join(rows.column_names)}; one of messages, conversations, turns is needed")
+    except Exception as problem:                           # of many kinds: no network, no such name, no such split
+        for path in sorted(Path(name).rglob("*.jsonl")):   # the library does not say which line it could not read
+            common.read_rows(path, Row)
+        fail(f"cannot load --source hub:{name}: {common.first_line(problem.__cause__ or problem)}")
+    column = next((key for key in ("conversations", "turns") if key in rows.column_names), "messages")
+    find = lambda turn, *keys: next((turn[key] for key in keys if turn.get(key) is not None), "")
     for number, row in enumerate(rows):
-        if not isinstance(row[column], list) or not all(isinstance(turn, dict) for turn in row[column]):
-            stop(f"--source hub:{name}, row {number}: {column!r} must be a list of turns like {{role, content}}")
-        turns = [[next((turn[key] for key in keys if turn.get(key) is not None), "") for keys in (("speaker", "role", "from"), ("text", "content", "value"))] for turn in row[column]]
-        if not all(isinstance(speaker, str | int) and isinstance(text, str) for speaker, text in turns):
-            stop(f"--source hub:{name}, row {number}: in {column!r} a turn's role must be a text or a number, and its content a text")
-        key = row.get("id")
-        yield str(number) if key is None or not str(key).strip() else str(key), None, [(str(speaker), text) for speaker, text in turns]
-
-
-SPOKEN_BY = re.compile(r"^\*\*([^*\n]{0,80}?):\*\*[ \t]*", re.MULTILINE)
-
+        try:
+            said = [(find(turn, "speaker", "role", "from"), find(turn, "text", "content", "value"))
+                    for turn in row[column]]
+        except (LookupError, TypeError, AttributeError):   # no such column, no list, a turn that is no object
+            said = [(None, None)]
+        if not all(isinstance(speaker, str | int) and isinstance(text, str) for speaker, text in said):
+            fail(f"--source hub:{name}, row {number}: {column} must hold turns like {{role, content}}, both texts")
+        key = str(row.get("id") or "").strip() or str(number)
+        yield Conversation(key, None, in_order((str(speaker), text) for speaker, text in said))
 
 def read_markdown(folder: str) -> Iterator[Conversation]:
-    """Every .md file under a folder is a conversation, in the order of their names; a turn opens with **Name:** at the start of a line.
-
-    'Break' is no speaker: so The Changelog's transcripts mark advertisements.
-    """
-    paths = sorted(Path(folder).rglob("*.md"), key=lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))])
-    if not paths:
-        stop(f"--source markdown:{folder} holds no .md file; name a folder of transcripts")
-    for place, path in enumerate(paths):
+    """Each .md file of a folder, in the order of their names; a turn opens with **Name:** at the start of a line."""
+    by_number = lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
+    for place, path in enumerate(sorted(Path(folder).rglob("*.md"), key=by_number)):
         try:
-            text = path.read_text(encoding="utf-8-sig")      # a byte-order mark would hide the first turn's opening
+            text = path.read_text(encoding="utf-8-sig")    # a byte-order mark would hide the first turn's opening
         except UnicodeDecodeError as problem:
             line = problem.object[:problem.start].count(b"\n") + 1
-            stop(f"{path}, line {line}: not UTF-8 text ({problem.reason}); convert the file")
-        _, *parts = SPOKEN_BY.split(text)
-        turns = [(speaker.strip(), said) for speaker, said in zip(parts[::2], parts[1::2]) if speaker.strip() != "Break"]
-        if turns:
-            yield path.relative_to(folder).with_suffix("").as_posix(), f"{place:08}", turns
+            fail(f"{path}, line {line}: not UTF-8 text ({problem.reason}); convert the file")
+        _, *parts = re.split(r"(?m)^\*\*([^*\n]{0,80}?):\*\*[ \t]*", text)     # 'Break' marks advertisements
+        said = [(name.strip(), text) for name, text in zip(parts[::2], parts[1::2]) if name.strip() != "Break"]
+        yield Conversation(path.relative_to(folder).with_suffix("").as_posix(), f"{place:08}", in_order(said))
 
+def corpus_file(place: str) -> Path:
+    """utterances.jsonl of a corpus folder, or a zip; that of a corpus on ConvoKit's server is downloaded once."""
+    path = Path(place, "utterances.jsonl") if Path(place).is_dir() else Path(place)
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[A-Za-z0-9][\w-]*", str(path)):
+        fail(f"{path} does not exist; name a folder with utterances.jsonl, a zip, or a corpus like supreme-2019")
+    base = os.environ.get("CONVOKIT_BASE_URL", "https://zissou.infosci.cornell.edu/convokit/datasets").rstrip("/")
+    address = f"{base}/{re.sub('^supreme-[0-9]{4}$', 'supreme-corpus', place)}/{place}.zip"    # years share a folder
+    pooch.get_logger().setLevel("WARNING")
+    try:                                                   # the file gets its name when it is whole
+        return Path(pooch.retrieve(address, None, f"{place}.zip", common.CACHE / "convokit", progressbar=True))
+    except (OSError, ValueError) as problem:
+        fail(f"cannot download {address} ({common.first_line(problem)}); start again, or pass --source convokit:FILE")
 
-# ------------------------------------------------------------------------------------------------
-# ConvoKit's corpus format: utterances.jsonl in a folder or a zip, threads by reply_to
-
-CONVOKIT = "https://zissou.infosci.cornell.edu/convokit/datasets"
-LARGEST_RATIO = 200                                        # JSON text is compressed 5 to 20 times
-
-
-def corpus_address(name: str) -> str:
-    """Where ConvoKit's server keeps a corpus: the years of the Supreme Court lie in one folder, every other corpus in its own."""
-    base = os.environ.get("CONVOKIT_BASE_URL", CONVOKIT).rstrip("/")
-    return f"{base}/{'supreme-corpus' if re.fullmatch('supreme-[0-9]{4}', name) else name}/{name}.zip"
-
-
-def download(address: str, target: Path) -> None:
-    """Fetch a zip to `target`, going on where an earlier attempt stopped; only a whole file gets its name.
-
-    What is there already is kept if the server says that it still has the same file (strong ETag or date, by If-Range), else
-    fetched anew. A second process that wants the same file stops; the lock's file stays, as lock_run's does.
-    """
-    part, mark, locked = (target.with_name(target.name + ending) for ending in (".part", ".part.etag", ".lock"))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with locked.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            stop(f"another process is downloading {address}; wait for it and start again")
-        if not target.is_file():                             # another process may have been faster
-            fetch(address, part, mark)
-            part.replace(target)
-            mark.unlink()
-
-
-def fetch(address: str, part: Path, mark: Path) -> None:
-    """The transfer itself: the whole file is in `part` afterwards, or the program has stopped and said why."""
-    again = f"start again to go on, or download {address} yourself and pass --source convokit:FILE"
-    version = mark.read_text() if mark.is_file() else ""
-    have = part.stat().st_size if version and part.is_file() else 0
-    headers = {"Range": f"bytes={have}-", "If-Range": version} if have else {}
-    try:
-        with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=60) as answer:
-            if answer.status != 206:
-                have = 0
-            elif not (answer.headers["Content-Range"] or "").startswith(f"bytes {have}-"):
-                part.unlink()
-                stop(f"{address} sent another part than the one asked for; {again}")
-            whole = have + int(answer.headers["Content-Length"]) if answer.headers["Content-Length"] else None
-            version = answer.headers["ETag"] or answer.headers["Last-Modified"] or ""
-            mark.write_text("" if version.startswith("W/") else version)
-            with part.open("ab" if have else "wb") as file, tqdm(desc=f"downloading {part.stem}", total=whole, unit="B", unit_scale=True, dynamic_ncols=True, disable=None) as bar:
-                bar.update(have)
-                while block := answer.read(1 << 18):
-                    file.write(block)
-                    bar.update(len(block))
-    except urllib.error.HTTPError as problem:
-        if problem.code == 416:                              # there is nothing behind what we have: begin anew
-            part.unlink(missing_ok=True)
-            stop(f"what was downloaded of {address} does not fit it any more and was removed; start again")
-        stop(f"cannot download {address}: HTTP {problem.code} {problem.reason}; " + ("try again later" if problem.code >= 500 else "check the corpus name, or download it yourself and pass --source convokit:FILE"))
-    except (OSError, ValueError, http.client.HTTPException) as problem:
-        stop(f"downloading {address} broke off ({first_line(problem)}); {again}")
-    found = part.stat().st_size
-    if whole is None and not zipfile.is_zipfile(part):
-        stop(f"downloading {address} broke off, or it is no zip; {again}")
-    if whole is not None and found != whole:
-        if found > whole:
-            part.unlink()
-        stop(f"{address}: {found:,} bytes arrived of {whole:,}; {again}")
-
-
-def check_zip(path: Path, file: zipfile.ZipFile) -> None:
-    """Refuse an archive with names that point outside it, or one that would unpack to more than its size can honestly hold."""
-    for member in file.infolist():
-        name = member.filename.replace("\\", "/")
-        if name.startswith("/") or ":" in name.split("/")[0] or ".." in name.split("/"):
-            stop(f"{path}: the archive holds the path {member.filename!r}, which points outside it; do not use this file")
-        if member.file_size > 1 << 24 and member.file_size > LARGEST_RATIO * max(member.compress_size, 1):
-            stop(f"{path}: {member.filename} would unpack from {member.compress_size:,} to {member.file_size:,} bytes, which no text does; do not use this file")
-
-
-def corpus_file(place: str, sha256: str | None) -> Path:
-    """The file that holds a corpus: utterances.jsonl of a folder, a zip, or the zip of a corpus of that name, which is downloaded once."""
-    path = Path(place)
-    if not path.exists():
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", place) or place.endswith((".zip", ".jsonl")):
-            stop(f"--source convokit:{place}: there is no such folder or file; name a corpus folder, a zip, or a corpus of ConvoKit's like supreme-2019")
-        path = CACHE / "convokit" / f"{place}.zip"
-        if not path.is_file():
-            download(corpus_address(place), path)
-    if path.is_dir():
-        path = path / "utterances.jsonl"
-        if not path.is_file():
-            stop(f"{path} does not exist; a corpus folder holds utterances.jsonl, speakers.json and conversations.json")
-    if sha256 and (found := file_hash(path)) != sha256.lower():
-        stop(f"{path} has the sha256 {found}, not {sha256}; it is another version or was damaged: remove it to download it anew")
-    return path
-
-
-@contextmanager
-def open_utterances(path: Path) -> Iterator[tuple[str, BinaryIO]]:
-    """(what to call it, lines) of a corpus' utterances.jsonl, out of the zip if it lies in one."""
+def corpus_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a corpus' utterances.jsonl; out of a zip they are streamed, and nothing is unpacked."""
     if path.suffix == ".jsonl":
-        with path.open("rb") as lines:
-            yield str(path), lines
+        with path.open("rb") as file:
+            yield from file
         return
-    with path.open("rb") as file:
-        start = file.read(512).lstrip().lower()
-    if start.startswith((b"<!doctype", b"<html")):
-        stop(f"{path} is a web page, not a zip: the server answered with one; remove the file and check the corpus name")
     try:
         with zipfile.ZipFile(path) as archive:
-            check_zip(path, archive)
-            if any(member.flag_bits & 1 for member in archive.infolist()):
-                stop(f"{path} is encrypted; unpack it and name the folder")
-            names = [name for name in archive.namelist() if name.rpartition("/")[2] == "utterances.jsonl" and not name.startswith("__MACOSX")]
-            if len(names) != 1:
-                stop(f"{path} holds {len(names)} files called utterances.jsonl, and a corpus has one")
-            with archive.open(names[0]) as lines:
-                yield f"{path}, {names[0]}", lines
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, NotImplementedError, UnicodeError) as problem:
-        stop(f"{path} is not a whole zip ({first_line(problem)}); remove it and fetch it again")
+            name, = (name for name in archive.namelist() if re.fullmatch("(?!__MACOSX)(.*/)?utterances.jsonl", name))
+            yield from io.BufferedReader(archive.open(name), 1 << 20)
+    except Exception as problem:                           # a broken zip raises a dozen kinds of them
+        fail(f"{path} is no whole zip with one utterances.jsonl in it ({common.first_line(problem)}); fetch it again")
 
+def read_convokit(place: str) -> Iterator[Conversation]:
+    """The threads of a corpus. Their time is that of the first utterance, if it can be seconds since 1970."""
+    threads: dict[str, dict[str, tuple]] = defaultdict(dict)                  # (speaker, text, reply_to, line) by id
+    times: dict[str, float] = {}
+    problems: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for number, line in enumerate(tqdm(corpus_lines(Path(place)), "reading utterances", disable=None), start=1):
+        try:
+            row = Utterance.model_validate(common.parse_line(place, number, line))
+        except ValidationError as problem:
+            first = problem.errors()[0]
+            fail(f"{place}, line {number}: {' '.join(first['loc']) or 'the row'}: {first['msg']}; an utterance of "
+                 "ConvoKit's format has id, speaker, conversation_id, reply_to and text")
+        name, thread = row.conversation, threads[row.conversation]
+        if row.id in thread:
+            problems[name].append(("ids that stand there twice; the first is kept", f"line {number}"))
+            continue
+        thread[row.id] = (sys.intern(row.speaker), row.text or "", row.reply_to, number)
+        time = float(row.timestamp) if re.fullmatch(r"\d{1,15}(\.\d*)?", str(row.timestamp)) else 0.0
+        times[name] = min(time, times.get(name, time))
+    for name in list(threads):
+        turns = arrange_thread(threads.pop(name), problems[name])
+        yield Conversation(name, f"{times[name]:020.6f}" if times[name] > 1e8 else None, turns, problems.pop(name))
 
-@dataclass
-class Corpus:
-    """Utterances by row, without their metadata: texts in one buffer and numbers in arrays, some 150 bytes a row and its text."""
+def arrange_thread(rows: dict[str, tuple], problems: list[tuple[str, str]]) -> list[Turn]:
+    """The turns of a thread, each behind the one it answers, else in the order of the file."""
+    places, turns = {}, []
+    for key in rows:
+        chain: dict[str, None] = {}
+        while key in rows and key not in places and key not in chain:         # the last: answers may run in a circle
+            chain[key] = None
+            key = rows[key][2]
+        for above in reversed(chain):
+            places[above] = len(places)
+    for place, (speaker, text, reply_to, line) in enumerate(rows[key] for key in places):
+        parent = places.get(reply_to, place)
+        if reply_to is not None and parent >= place:       # missing, in another thread, or in a circle
+            problems.append(("answers to nothing in their thread; they begin a chain", f"line {line}"))
+        turns.append(Turn(speaker, text, parent if parent < place else None))
+    return turns
 
-    texts: bytearray
-    ends: array                                  # where each text ends in the buffer
-    speaker: array                               # into `speakers`
-    conversation: array                          # into `conversations`
-    parent: array                                # row of the utterance that it answers, or -1
-    time: array
-    speakers: list[str]
-    conversations: list[str]
+SOURCES: dict[str, Callable[[str], Iterator[Conversation]]] = {"chitchat": read_chitchat, "convokit": read_convokit,
+    "markdown": read_markdown, "turns": read_turns, "hub": read_hub}
 
-
-def keep_problem(problems: dict[str, list], kind: str, where: str) -> None:
-    """Count what is wrong with a source, with the first place of each kind."""
-    problems.setdefault(kind, [where, 0])[1] += 1
-
-
-@lru_cache(maxsize=1)
-def load_corpus(path: Path) -> tuple[Corpus, dict[str, list]]:
-    """Read a corpus once, line by line, and resolve who answers whom.
-
-    Reported by file and line, not fatal, as real corpora have them: an id that stands there twice (the first is kept), an answer to an
-    utterance that is missing or in another conversation (it begins a chain), cycles (left out), and a speaker without a name.
-    """
-    corpus = Corpus(bytearray(), array("q"), array("i"), array("i"), array("i"), array("d"), [], [])
-    rows, speakers, conversations = {}, {}, {}
-    waiting: list[tuple[int, str, int]] = []                 # (row, the id it answers, line) of answers that come before what they answer
-    problems: dict[str, list] = {}
-    with open_utterances(path) as (name, lines):
-        for number, line in enumerate(progress(lines, "reading utterances"), start=1):
-            if not line.strip():
-                continue
-            row = parse_line(name, number, line)
-            try:
-                key, who = row["id"], row["speaker"] if "speaker" in row else row["user"]
-                thread = row["conversation_id"] if "conversation_id" in row else row["root"]
-                answers, text, at = row["reply_to"] if "reply_to" in row else row.get("reply-to"), row["text"], row.get("timestamp")
-            except (KeyError, TypeError) as problem:
-                stop(f"{name}, line {number}: not an utterance of ConvoKit's format, which has id, speaker, conversation_id, reply_to, text ({type(problem).__name__}: {problem})")
-            if not all(isinstance(value, str) for value in (key, who, thread)) or not isinstance(text, str | None) or not isinstance(answers, str | None):
-                stop(f"{name}, line {number}: id, speaker, conversation_id and text must be texts, reply_to a text or null")
-            if not thread.strip():
-                stop(f"{name}, line {number}: the id of the conversation must not be empty")
-            if key in rows:
-                keep_problem(problems, "ids that stand there twice; the first is kept", f"{name}, line {number}: {key!r}")
-                continue
-            if not who.strip():
-                keep_problem(problems, "utterances without a speaker's name; they stand in contexts and are never modelled", f"{name}, line {number}: {key!r}")
-            found = rows.get(answers, -1)                    # before it has its own row: an utterance may claim to answer itself
-            rows[key] = len(corpus.ends)
-            corpus.texts += (text or "").encode("utf-8", "replace")
-            corpus.ends.append(len(corpus.texts))
-            corpus.speaker.append(speakers.setdefault(who, len(speakers)))
-            corpus.conversation.append(conversations.setdefault(thread, len(conversations)))
-            corpus.parent.append(found)
-            try:
-                corpus.time.append(float(at))
-            except (TypeError, ValueError, OverflowError):
-                corpus.time.append(0.0)
-            if answers is not None and found < 0:
-                waiting.append((rows[key], answers, number))
-            elif found >= 0 and corpus.conversation[found] != corpus.conversation[-1]:
-                keep_problem(problems, "answers to an utterance of another conversation; they begin a chain", f"{name}, line {number}: {key!r}")
-                corpus.parent[-1] = -1
-    for row, answers, number in waiting:
-        found = rows.get(answers, -1)
-        if found < 0 or corpus.conversation[found] != corpus.conversation[row]:
-            keep_problem(problems, "answers to an utterance that is missing; they begin a chain", f"{name}, line {number}: {answers!r}")
-        else:
-            corpus.parent[row] = found
-    # A chain that never ends at a beginning is a cycle. state: 0 not seen, 1 on the way, 2 good, 3 in or behind a cycle
-    state = bytearray(len(corpus.parent))
-    for row, _, number in waiting:                           # a cycle needs an answer that comes before what it answers
-        path = []
-        while row >= 0 and not state[row]:
-            state[row] = 1
-            path.append(row)
-            row = corpus.parent[row]
-        bad = row >= 0 and state[row] in (1, 3)
-        if bad and state[row] == 1:
-            keep_problem(problems, "cycles of answers; their utterances are left out", f"{name}, line {number}")
-        for seen in path:
-            state[seen] = 3 if bad else 2
-    for row, above in enumerate(corpus.parent):              # what answers a cycle from below stands behind it
-        if state[row] == 3 or (not state[row] and above >= 0 and state[above] == 3):
-            state[row] = 3
-            corpus.conversation[row] = -1
-    corpus.speakers, corpus.conversations = list(speakers), list(conversations)
-    return corpus, problems
-
-def read_convokit(path: str) -> Iterator[Conversation]:
-    """The conversations of a corpus, each a thread: parents before the utterances that answer them, siblings in the order of the file.
-
-    The time is that of its first utterance if it can be a date (seconds since 1970); in a transcript it counts from the
-    start of the recording and orders nothing.
-    """
-    corpus, _ = load_corpus(Path(path))
-    order = sorted((row for row, thread in enumerate(corpus.conversation) if thread >= 0), key=corpus.conversation.__getitem__)
-    at = 0
-    while at < len(order):
-        thread, end = corpus.conversation[order[at]], at
-        while end < len(order) and corpus.conversation[order[end]] == thread:
-            end += 1
-        rows, at = order[at:end], end
-        places: dict[int, int] = {}
-        for row in rows:
-            chain = []
-            while row >= 0 and row not in places:            # parents that stand later in the file come first here
-                chain.append(row)
-                row = corpus.parent[row]
-            for above in reversed(chain):
-                places[above] = len(places)
-        turns = [(corpus.speakers[corpus.speaker[row]], corpus.texts[corpus.ends[row - 1] if row else 0:corpus.ends[row]].decode("utf-8"), places.get(corpus.parent[row])) for row in places]
-        first = min(corpus.time[row] for row in rows)
-        yield corpus.conversations[thread], f"{first:020.6f}" if first > 1e8 else None, turns
-
-
-SOURCES: dict[str, Callable[[str], Iterator[Conversation]]] = {
-    "chitchat": read_chitchat, "convokit": read_convokit, "markdown": read_markdown, "turns": read_turns, "hub": read_hub}
-
-
-# ------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Domains: where the conversations come from, who is modelled, and what the prompts say of the setting
-
 
 @dataclass
 class Domain:
-    """A preset. `setting` names the place and the person's role, no private fact; `clean` names rules of CLEANING."""
-
     source: str
-    people: tuple[str, ...]                      # none: the two with most replies
-    setting: str | None                          # None: the prompts' own words, a chat between friends
-    clean: tuple[str, ...]
-
+    people: Sequence[str] = ()                             # none: the two with most replies
+    setting: str | None = None                             # place and role; none: the prompts' own, a chat of friends
+    clean: Sequence[str] = ()                              # rules of CLEANING
 
 DOMAINS = {
-    "chat": Domain("chitchat", ("31267496-e50f-4f91-a197-c5b1bfde803b", "549cc1d1-270e-4a53-b561-133a8d0086b4"), None, ()),
-    # The two who reply most in the arguments of the 2023 term that this was checked with.
-    "supreme": Domain("convokit:supreme-2019", ("j__neil_gorsuch", "j__john_g_roberts_jr"), f"A hearing at the Supreme Court of the United States. {PERSON} is one of the justices.", ("stage directions",)),
-    # A debate is among strangers: who replies most differs from corpus to corpus. For iq2-corpus, which is spoken, pass --setting and --user.
-    "debate": Domain("convokit:winning-args-corpus", (), f"An online debate in which people try to change each other's view. {PERSON} is one of the debaters.", ("deleted", "quoted lines", "links", "emphasis", "entities")),
-    "podcast": Domain("markdown:transcripts/practicalai", ("Daniel Whitenack", "Chris Benson"), f"A podcast about machine learning. {PERSON} is one of its hosts.", ("links", "stage directions", "emphasis")),
+    "chat": Domain("chitchat", ("31267496-e50f-4f91-a197-c5b1bfde803b", "549cc1d1-270e-4a53-b561-133a8d0086b4")),
+    "supreme": Domain("convokit:supreme-2019", ("j__neil_gorsuch", "j__john_g_roberts_jr"), clean=("stage directions",),
+        setting=f"A hearing at the Supreme Court of the United States. {PERSON} is one of the justices."),
+    "debate": Domain("convokit:winning-args-corpus", (),   # for iq2-corpus, which is spoken, pass --setting as well
+        f"An online debate in which people try to change each other's view. {PERSON} is one of the debaters.",
+        ("deleted", "quoted lines", "links", "emphasis", "entities")),
+    "podcast": Domain("markdown:transcripts/practicalai", ("Daniel Whitenack", "Chris Benson"),
+        f"A podcast about machine learning. {PERSON} is one of its hosts.", ("links", "stage directions", "emphasis")),
 }
+NO_DOMAIN = {"markdown": DOMAINS["podcast"].clean, "convokit": ("deleted", "stage directions")}       # rules by format
 
-# Escaped brackets are a transcriber's, whatever they hold. Others hold words of people too, so there it must be a sound, a break or a time.
-SOUND = r"(?:\w{1,20} )?(?:laughs|laughing|laughter|chuckles|applause|cheers|inaudible|unintelligible|indiscernible|cross-?talk)(?:(?: and|,) \w{1,20})?"
-BREAK = r"pause|recess|no response"
-TIME = r"(?:\d\d:\d\d(?::\d\d)?|\d:\d\d:\d\d)(?:\.\d+)?"                           # not a verse, 5:17, or a ratio, 3:10
-DIRECTION = re.compile(rf"\\\[[^\[\]\n]{{0,60}}\\\]|(?<!\w)\[(?i:{SOUND}|{BREAK}|music|silence|(?={TIME}))\.?(?: ?{TIME})?\](?![\w(])|(?<!\w)\((?=[A-Z])(?i:{SOUND}|{BREAK})\.?(?: {TIME})?\)")
+# ----------------------------------------------------------------------------------------------------------------------
+# Cleaning: a rule takes a text and returns it without what it removes. "deleted" is a rule of tidy.
 
-# What each domain needs and no more. A rule takes a text and returns it without what the rule removes; "deleted" is handled where threads are tidied.
+# Escaped brackets are a transcriber's, whatever they hold: \[laughter\]. Others hold people's words too, so there it
+# must be a sound, a break or a time: [08:10], (Laughter.), but not [t]he, [the Court], [1] or (Recess Appointments).
+SOUND = (r"(?:\w{1,20} )?(?:laughs|laughing|laughter|chuckles|applause|cheers|inaudible|unintelligible|indiscernible|"
+         r"cross-?talk)(?:(?: and|,) \w{1,20})?|pause|recess|no response")
+TIME = r"(?:\d\d:\d\d(?::\d\d)?|\d:\d\d:\d\d)(?:\.\d+)?"   # not a verse, 5:17, or a ratio, 3:10
+DIRECTION = re.compile(
+    rf"\\\[[^\[\]\n]{{0,60}}\\\]|(?<!\w)\[(?i:{SOUND}|music|silence|(?={TIME}))\.?(?: ?{TIME})?\](?![\w(])"
+    rf"|(?<!\w)\((?=[A-Z])(?i:{SOUND})\.?(?: {TIME})?\)")
+LINK = re.compile(r"\[([^\[\]\n]{0,300})\]\((?:[^()\n]|\([^()\n]{0,300}\)){0,2000}\)")
+EMPHASIS = re.compile(r"(?<![\w*_`])(\*{1,3}|_{1,3}|`|~~)(?=\S)([^*_`~\n]+?)(?<=\S)\1(?![\w*_`])")
+
 CLEANING: dict[str, Callable[[str], str]] = {
-    # \[laughter\], [08:10], \[unintelligible 00:06:03.11\], (Laughter.); not [t]he, [sic], [the Court], [1], a link or (Recess Appointments Clause)
-    "stage directions": lambda text: DIRECTION.sub(" ", text) if "[" in text or "(" in text else text,      # most texts have none, and the pattern is slow
+    "stage directions": lambda text: DIRECTION.sub(" ", text) if "[" in text or "(" in text else text,     # it is slow
     "quoted lines": lambda text: re.sub(r"(?m)^[^\S\n]*(?:>|&gt;).*$", " ", text),
-    "links": lambda text: re.sub(r"https?://\S+", " ", re.sub(r"\[([^\[\]\n]{0,300})\]\((?:[^()\n]|\([^()\n]{0,300}\)){0,2000}\)", r"\1", text)),
-    "emphasis": lambda text: re.sub(r"(?<![\w*_`])(\*{1,3}|_{1,3}|`|~~)(?=\S)([^*_`~\n]+?)(?<=\S)\1(?![\w*_`])", r"\2", text),
+    "links": lambda text: re.sub(r"https?://\S+", " ", LINK.sub(r"\1", text)),
+    "emphasis": lambda text: EMPHASIS.sub(r"\2", text),
     "entities": html.unescape,
 }
 DELETED = ("[deleted]", "[removed]")
-# Names that many or no people share: closed accounts, bots, voices that a transcript could not tell. Never modelled, never joined.
 MISSING = "[missing]"                                      # who speaks without a name
-NOBODY = frozenset(("[deleted]", "[removed]", MISSING, "DeltaBot", "AutoModerator", "<INAUDIBLE>"))
+# Names that many or no people share: closed accounts, bots, voices that a transcript could not tell. Never modelled.
+NOBODY = (*DELETED, MISSING, "DeltaBot", "AutoModerator", "<INAUDIBLE>")
 
-
-@dataclass
-class Turn:
-    """One turn after tidying; `answers` is the place of the turn that it answers, or None where a conversation or chain begins;
-    `depth` counts the turns before it in its chain."""
-
-    speaker: str
-    text: str
-    answers: int | None
-    depth: int = field(default=0, compare=False)
-
-
-def tidy(turns: list[tuple], rules: Iterable[str], counts: Counter) -> list[Turn]:
+def tidy(turns: Sequence[Turn], rules: Sequence[str], counts: Counter) -> list[Turn]:
     """Turns with clean text on one line; empty ones are left out, and turns of one speaker in a row become one.
 
     What answered an empty turn answers what that one answered. A reply is joined to a turn of the same speaker only if
-    nothing else answers that turn. What answers a deleted turn begins a new chain: what it answers is not known. A turn whose
-    speaker has no name is nobody's, and stays where it is.
+    nothing else answers that turn. What answers a deleted turn begins a chain: what it answers is not known.
     """
     kept: list[Turn] = []
-    place: list[int | None] = []                             # of each turn given, in `kept`
-    alone: list[bool] = []                                   # may what answers this turn be joined to the turn it ends up answering?
-    parents = [turn[2] if len(turn) > 2 else number - 1 if number else None for number, turn in enumerate(turns)]
-    replies = Counter(parents)
-    for number, (speaker, text, *_) in enumerate(turns):
+    moved: list[int | None] = []                           # where in `kept` each turn is, or what it answered if empty
+    single: list[bool] = []                                # does an answer to this turn stand alone under `moved`?
+    replies = Counter(turn.parent for turn in turns)
+    for turn in turns:
+        speaker, text = turn.speaker, turn.text
         if not speaker.strip():
             counts["a speaker without a name"] += 1
             speaker = MISSING
-        above = parents[number]
-        answers = None if above is None else place[above]
+        parent = None if turn.parent is None else moved[turn.parent]
+        alone = turn.parent is None or (replies[turn.parent] == 1 and single[turn.parent])
         if "deleted" in rules and text.strip() in DELETED:
             counts["deleted"] += 1
-            place.append(None)
-            alone.append(True)
-            continue
+            text, parent, alone = "", None, True
         for rule in rules:
             if rule in CLEANING and (cleaned := CLEANING[rule](text)) != text:
                 counts[rule] += 1
                 text = cleaned
-        text, only = " ".join(text.split()), above is None or (replies[above] == 1 and alone[above])
-        alone.append(only if not text else True)
-        if not text:
-            place.append(answers)
-        elif answers is not None and kept[answers].speaker == speaker and only and speaker not in NOBODY:
-            kept[answers].text += f" {text}"
-            place.append(answers)
-        else:
-            place.append(len(kept))
-            kept.append(Turn(speaker, text, answers, 0 if answers is None else kept[answers].depth + 1))
+        text = " ".join(text.split())
+        single.append(bool(text) or alone)
+        moved.append(parent)
+        if alone and parent is not None and kept[parent].speaker == speaker and speaker not in NOBODY:
+            kept[parent].text += f" {text}" if text else ""
+        elif text:
+            moved[-1] = len(kept)
+            kept.append(Turn(speaker, text, parent))
     return kept
 
-
-def chain_of(turns: list[Turn], place: int, most: int | None = None) -> list[Turn]:
-    """The (last `most`) turns that lead to the one at `place`, oldest first, without it: its ancestors, never their other replies."""
-    chain, above = [], turns[place].answers
-    while above is not None and len(chain) != most:
-        chain.append(turns[above])
-        above = turns[above].answers
-    return chain[::-1]
-
-
 class Source:
-    """The conversations of `--source`, tidied; walked twice, once to count and once to keep what is needed, so that a corpus
-    of millions of turns need not be in memory as Python objects."""
+    """The tidied conversations of --source. It is walked twice, to count replies and to keep what is needed."""
 
-    def __init__(self, source: str, rules: Iterable[str], sha256: str | None):
-        self.kind, _, rest = source.partition(":")
+    def __init__(self, name: str, rules: Sequence[str] = (), sha256: str | None = None):
+        self.kind, _, self.place = name.partition(":")
         if self.kind not in SOURCES:
-            stop(f"--source {source}: unknown kind {self.kind!r}; choose from {', '.join(SOURCES)}")
-        if self.kind != "chitchat" and not rest:
-            stop(f"--source {source}: say which, as in {self.kind}:PATH_OR_NAME")
-        if sha256 and self.kind != "convokit":
-            stop("--sha256 is for --source convokit:NAME_OR_FILE")
-        if self.kind == "turns" and not Path(rest).is_file():
-            stop(f"{rest} does not exist; --source turns:FILE needs a JSONL file")
-        self.place = str(corpus_file(rest, sha256)) if self.kind == "convokit" else rest
-        self.name, self.rules, self.counts = source, tuple(rules), Counter()
+            fail(f"--source {name}: unknown kind {self.kind!r}; choose from {', '.join(SOURCES)}")
+        if self.kind == "convokit":
+            self.place = str(corpus_file(self.place))
+        self.rules = rules
+        if sha256 and sha256.lower() not in (found := self.hashes().values()):
+            fail(f"{self.place} has the sha256 {', '.join(found)}, not {sha256}: another version or damaged; remove it")
 
-    def files(self) -> Row:
-        """The hash of every file that is read, by name; none for a package or a hub's data set."""
-        if self.kind in ("chitchat", "hub"):
-            return {}
+    def __iter__(self) -> Iterator[Conversation]:
+        self.cleaned, self.problems = Counter(), {}
+        for name, time, turns, problems in SOURCES[self.kind](self.place):
+            for kind, where in problems:
+                self.problems.setdefault(kind, {"count": 0, "first": f"{self.place}, {where}"})["count"] += 1
+            if kept := tidy(turns, self.rules, self.cleaned):
+                yield Conversation(name, time, kept)
+
+    def hashes(self) -> dict[str, str]:
+        """Of every file that is read, so that a changed source is noticed; none of a package or a name on the hub."""
         path = Path(self.place)
-        files = [path] if path.is_file() else sorted(path.rglob("*.md" if self.kind == "markdown" else "*")) if path.is_dir() else []
-        return {(file.relative_to(path).as_posix() if file != path else file.name): file_hash(file) for file in files if file.is_file()}
+        files = path.rglob("*.md" if self.kind == "markdown" else "*") if self.place and path.is_dir() else [path]
+        return {str(file): common.file_hash(file) for file in files if file.is_file()}
 
-    def problems(self) -> dict[str, list]:
-        """What was wrong with a corpus: the first place and the count of each kind."""
-        return load_corpus(Path(self.place))[1] if self.kind == "convokit" else {}
-
-    def __iter__(self) -> Iterator[tuple[str, str | None, list[Turn]]]:
-        self.counts.clear()
-        empty = True
-        for name, at, turns in progress(SOURCES[self.kind](self.place), "reading conversations"):
-            if found := tidy(turns, self.rules, self.counts):
-                empty = False
-                yield name, at, found
-        if empty:
-            stop(f"--source {self.name} holds no conversations; check that it is not empty")
-
-
-# ------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # From conversations to pairs
 
-
-def count_replies(conversations: Iterable[tuple[str, str | None, list[Turn]]]) -> Counter:
-    """How often each speaker who is somebody answers a turn of somebody else."""
+def count_replies(source: Source) -> Counter:
+    """How often each speaker who is somebody answers somebody else."""
     replies: Counter = Counter()
-    for _, _, turns in conversations:
-        replies.update(turn.speaker for turn in turns if turn.answers is not None and turns[turn.answers].speaker != turn.speaker and turn.speaker not in NOBODY)
+    for _, _, turns, _ in source:
+        replies.update(turn.speaker for turn in turns if turn.speaker not in NOBODY and turn.parent is not None
+                       and turns[turn.parent].speaker != turn.speaker)
+    if not replies:
+        fail(f"--source {source.kind}:{source.place} holds no conversations in which somebody replies; check it")
     return replies
 
+def choose_people(asked: Iterable[str], replies: Counter) -> list[str]:
+    """Those asked for, or the two who reply most. Fails at a name that nobody has, with the nearest ones."""
+    users = list(dict.fromkeys(asked)) or [user for user, _ in replies.most_common(2)]
+    for user in users:
+        if user not in replies:
+            near = ", ".join(difflib.get_close_matches(user, replies, 3, 0.4)) or "nobody"
+            fail(f"--user {user}: nobody of that name replies here; near it is {near}; see who does with --list-users")
+    return users
 
-def split_conversations(conversations: list[tuple[str, str | None, list[Turn]]], users: list[str], val: float, test: float, seed: int) -> dict[str, str]:
-    """Give each conversation of `users` to train, val or test, a person at a time.
+def repliers(conversation: Conversation) -> set[str]:
+    return {turn.speaker for turn in conversation.turns if turn.parent is not None}
 
-    A person's conversations are ordered by time, or by a seeded shuffle if any has none; the last share `test` is the
-    test split, the share `val` before it validation. A conversation shared by two of them stays with the first.
+def split_conversations(conversations: Sequence[Conversation], users: Sequence[str], args) -> dict[str, str]:
+    """Give each conversation, by id, to train, val or test, a person at a time: the person's last ones to test.
+
+    They are ordered by time, or by a seeded shuffle if any has none. One that an earlier person gave a place stays
+    there and counts in the order: else later conversations could be learnt from while earlier ones are the test.
     """
     splits: dict[str, str] = {}
     for user in users:
-        mine = [(at, name) for name, at in {name: at for name, at, turns in conversations if any(turn.speaker == user and turn.answers is not None for turn in turns)}.items()]
-        random.Random(seed).shuffle(mine)
-        if all(at is not None for at, _ in mine):
+        times = {one.id: one.time for one in conversations if user in repliers(one)}
+        if (count := len(times)) < 3:
+            fail(f"--user {user} replies in {count} conversations; three are needed, one for each split")
+        mine = [(time, name) for name, time in times.items()]
+        random.Random(args.seed).shuffle(mine)
+        if None in times.values():
+            print(f"{user}: conversations without a time are split at random, not by date")
+        else:
             mine.sort()
-        first_test = min(max(round(len(mine) * (1 - test)), 2), len(mine) - 1)
-        first_val = min(max(round(len(mine) * (1 - test - val)), 1), first_test - 1)
-        # A conversation that another person gave a place stays there, and counts in this person's order: or the rest would be shared
-        # out anew, and the person's later conversations be learnt from while earlier ones are the test.
-        for i, (_, name) in enumerate(mine):
-            splits.setdefault(name, "train" if i < first_val else "val" if i < first_test else "test")
+        first_test = min(max(round(count * (1 - args.test_share)), 2), count - 1)
+        first_val = min(max(round(count * (1 - args.test_share - args.val_share)), 1), first_test - 1)
+        for place, (_, name) in enumerate(mine):
+            splits.setdefault(name, "train" if place < first_val else "val" if place < first_test else "test")
     return splits
 
-
-def token_counts(tokenizer: Any, texts: list[str]) -> list[int]:
-    """How many tokens encode_data makes of each text, in one call: a call costs more than a short text does."""
-    return list(map(len, tokenizer([break_tags(tokenizer, text) for text in texts], add_special_tokens=False, split_special_tokens=True).input_ids)) if texts else []
-
-
-def make_pairs(conversations: list[tuple[str, str | None, list[Turn]]], users: list[str], splits: dict[str, str], limits: Row, tokenizer: Any) -> tuple[list[Row], Counter]:
-    """Every reply of `users` with its context, and a count of what was left out by reason.
-
-    A context is cut at whole turns from the oldest, to `turns` turns and `context_tokens` tokens; `cut` in the row says
-    how many turns are missing. An action is never cut: one that is too long is left out. Ids differ also where a source names
-    two conversations alike.
-    """
-    pairs, dropped, seen, parts = [], Counter(), set(), Counter()
-    for name, _, turns in progress([some for some in conversations if some[0] in splits], "making pairs"):
-        parts[name] += 1
-        again = f"{parts[name]}." if parts[name] > 1 else ""
-        mine = [place for place, turn in enumerate(turns) if turn.speaker in users and turn.answers is not None]
-        sizes = token_counts(tokenizer, [turns[place].text for place in mine])
-        for place, size in zip(mine, sizes):
-            turn = turns[place]
-            key = (turn.speaker, turns[turn.answers].text.casefold(), turn.text.casefold())
-            if turns[turn.answers].speaker == turn.speaker:
+def find_replies(conversations: Sequence[Conversation], users: Sequence[str], source: str, min_words: int
+                 ) -> tuple[list[tuple[str, Conversation, int]], Counter]:
+    """(id, conversation, place) of what may become an action, as far as shows without a tokenizer; other counts."""
+    replies, dropped, seen, parts = [], Counter(), set(), Counter()
+    for one in conversations:
+        parts[one.id] += 1
+        again = f"{parts[one.id]}." if parts[one.id] > 1 else ""              # conversations may share an id
+        for place, turn in enumerate(one.turns):
+            if turn.speaker not in users or turn.parent is None:
+                continue
+            before = one.turns[turn.parent]
+            key = (turn.speaker, before.text.casefold(), turn.text.casefold())
+            if before.speaker == turn.speaker:
                 dropped["answers the same person"] += 1
-            elif len(turn.text.split()) < limits["words"]:
+            elif len(turn.text.split()) < min_words:
                 dropped["action too short"] += 1
-            elif size > limits["action_tokens"]:
-                dropped["action too long"] += 1
             elif key in seen:
                 dropped["duplicate"] += 1
             else:
                 seen.add(key)
-                context = [{"speaker": above.speaker, "text": above.text} for above in chain_of(turns, place, limits["turns"])]
-                row = {"id": f"{limits['source']}/{name}/{again}{place}", "user": turn.speaker, "conversation": name,
-                       "split": splits[name], "context": context, "action": turn.text, "cut": turn.depth - len(context)} | limits["setting"]
-                if fitting := cut_context(tokenizer, row, limits["context_tokens"]):
-                    pairs.append(fitting)
-                else:
-                    dropped["last turn before the action too long"] += 1
-    return pairs, dropped
+                replies.append((f"{source}/{one.id}/{again}{place}", one, place))
+    return replies, dropped
 
+def pair_quotas(limit: int, shares: dict[str, float], users: Sequence[str]) -> dict[tuple[str, str], int]:
+    """How many pairs to take of each (split, user): by `shares`, evenly over `users`, one at least."""
+    kinds = [(split, user) for split in shares for user in users]
+    quotas = {kind: max(1, round(limit * shares[kind[0]] / len(users))) for kind in kinds}
+    while sum(quotas.values()) > max(limit, len(quotas)):  # rounding up went too far: take it from the largest
+        quotas[max(quotas, key=quotas.get)] -= 1
+    return quotas
 
-def choose_pairs(pairs: list[Row], users: list[str], limit: int | None, shares: dict[str, float], seed: int) -> list[Row]:
-    """At most `limit` pairs (but one a person and split), by `shares` and evenly over `users`, drawn at random so that
-    many conversations take part.
+def choose_pairs(replies: Sequence[tuple[str, Conversation, int]], splits: dict[str, str],
+                 quotas: dict[tuple[str, str], int], tokenizer: Any, args, dropped: Counter) -> list[Pair]:
+    """Pairs of `replies` in a random order that the seed fixes, until every quota is full.
 
-    The order is shuffled, so that a later stage's --limit takes a fair sample.
+    So many conversations take part, and a later stage's --limit takes a fair sample. Tokenising is slow: it ends where
+    a quota is full, so `dropped` counts as too long only what was looked at. A context is cut at whole turns.
     """
-    pairs = sorted(pairs, key=lambda pair: hashlib.sha256(f"{seed}/{pair['id']}".encode()).digest())
-    if limit is None:
-        return pairs
-    kept: Counter = Counter()
-    quota = {(split, user): max(1, round(limit * share / len(users))) for split, share in shares.items() for user in users}
-    while sum(quota.values()) > max(limit, len(quota)):      # rounding up went too far: take it from the largest part
-        quota[max(quota, key=quota.get)] -= 1
-    chosen = []
-    for pair in pairs:
-        kind = pair["split"], pair["user"]
-        if kept[kind] < quota[kind]:
-            kept[kind] += 1
-            chosen.append(pair)
+    chosen, room = [], dict(quotas)
+    length = lambda text: len(common.encode_data(tokenizer, text))
+    order = lambda reply: hashlib.sha256(f"{args.seed}/{reply[0]}".encode()).digest()
+    for name, one, place in tqdm(sorted(replies, key=order), "choosing pairs", disable=None):
+        turn, split = one.turns[place], splits[one.id]
+        if not room[split, turn.speaker]:
+            dropped["not looked at, as --limit was met"] += 1
+            continue
+        chain, above = [], turn.parent
+        while above is not None:                           # the ancestors, never their other replies
+            chain.append(one.turns[above])
+            above = one.turns[above].parent
+        context = [common.Turn(speaker=each.speaker, text=each.text) for each in chain[:args.max_context_turns][::-1]]
+        pair = Pair(id=name, user=turn.speaker, conversation=one.id, split=split, context=context, action=turn.text,
+                    setting=args.setting)
+        long = length(pair.action) > args.max_action_tokens
+        while not long and pair.context and length(common.format_scene(pair)) > args.max_context_tokens:
+            pair.context.pop(0)
+        if long or not pair.context:
+            dropped["action too long" if long else "last turn before the action too long"] += 1
+            continue
+        pair.cut = len(chain) - len(pair.context)
+        room[split, turn.speaker] -= 1
+        chosen.append(pair)
     return chosen
 
+def pseudonymise(pairs: Sequence[Pair], users: Sequence[str], speakers: Iterable[str]) -> list[Pair]:
+    """The pairs with roles for names: person-1, … for who is modelled, speaker-1, … for others, conversation-1, ….
 
-def pseudonymise(pairs: list[Row], users: list[str], speakers: Iterable[str]) -> list[Row]:
-    """The pairs with the names of all speakers replaced by roles: person-1, … for who is modelled, speaker-1, … for everybody else,
-    conversation-1, … for conversations, whose names may tell who took part.
-
-    In texts, whole names go wherever they stand, and every word of a name (of two letters or more, of a name without digits) where it
-    begins with a capital, unless the same texts have it in small letters as well: 'Will you' and 'May I' stay. It hides names,
-    and nothing else: what people tell of themselves stays, and so does a name of somebody who does not speak.
+    In texts, whole names go, and each word of a name (two letters or more, no digits in the name) where it begins with
+    a capital, unless the texts have it in small letters as well: 'Will you' stays. It hides speakers' names alone.
     """
     roles = {user: f"person-{number}" for number, user in enumerate(users, start=1)}
     for speaker in dict.fromkeys(speakers):
         roles.setdefault(speaker, f"speaker-{len(roles) - len(users) + 1}")
-    texts = [text for pair in pairs for text in (pair["action"], *(turn["text"] for turn in pair["context"]))]
+    texts = (text for pair in pairs for text in (pair.action, *(turn.text for turn in pair.context)))
     small = {word for text in texts for word in re.findall(r"\b[a-z]{2,}\b", text)}
-    words: dict[str, str] = {}
-    named = [(name, role) for name, role in roles.items() if name not in NOBODY]          # 'missing' is no name
-    for name, role in reversed(named):                       # the modelled people last, so that a shared name is theirs
-        words |= {word.casefold(): role for word in re.findall(r"[^\W\d_]{2,}", name) if not re.search(r"\d", name) and word.casefold() not in small}
-    for name, role in reversed(named):
-        words |= {form.casefold(): role for form in (name, name.replace("_", " ")) if len(form) > 2}
-    pattern = re.compile(r"(?<!\w)(?:" + "|".join(sorted(map(re.escape, words), key=len, reverse=True)) + r")(?!\w)", re.IGNORECASE)
-    whole = {form.casefold() for name, _ in named for form in (name, name.replace("_", " "))}
-
+    # The modelled people last, so that a name they share is theirs; 'missing' is no name.
+    named = [(name, role) for name, role in reversed(roles.items()) if name not in NOBODY]
+    whole = {form.casefold(): role for name, role in named for form in (name, name.replace("_", " "))}
+    words = {word.casefold(): role for name, role in named if not re.search(r"\d", name)
+             for word in re.findall(r"[^\W\d_]{2,}", name) if word.casefold() not in small}
+    words |= {form: role for form, role in whole.items() if len(form) > 2}
+    longest_first = "|".join(sorted(map(re.escape, words), key=len, reverse=True)) or "(?!)"
+    pattern = re.compile(rf"(?<!\w)(?:{longest_first})(?!\w)", re.IGNORECASE)
     def role_of(found: re.Match) -> str:
-        text = found.group()
-        return words[text.casefold()] if text[0].isupper() or (text.casefold() in whole and text.casefold() not in small) else text
-
+        text, key = found.group(), found.group().casefold()
+        return words[key] if text[0].isupper() or (key in whole and key not in small) else text
     hide = lambda text: pattern.sub(role_of, text)
-    numbers = {name: f"conversation-{number}" for number, name in enumerate(dict.fromkeys(pair["conversation"] for pair in pairs), start=1)}
-    hidden = []
-    for pair in pairs:
-        kind, place = pair["id"].partition("/")[0], pair["id"].rpartition("/")[2]
-        hidden.append(pair | {"id": f"{kind}/{numbers[pair['conversation']]}/{place}", "user": roles[pair["user"]], "conversation": numbers[pair["conversation"]], "action": hide(pair["action"]),
-                              "context": [{"speaker": roles[turn["speaker"]], "text": hide(turn["text"])} for turn in pair["context"]]}
-                      | ({"setting": hide(pair["setting"])} if "setting" in pair else {}))
-    return hidden
+    names = {name: f"conversation-{n}" for n, name in enumerate(dict.fromkeys(pair.conversation for pair in pairs), 1)}
+    return [Pair(
+        id=pair.id.replace(f"/{pair.conversation}/", f"/{names[pair.conversation]}/"), user=roles[pair.user],
+        conversation=names[pair.conversation], split=pair.split, action=hide(pair.action), cut=pair.cut,
+        context=[common.Turn(speaker=roles[turn.speaker], text=hide(turn.text)) for turn in pair.context],
+        setting=pair.setting and hide(pair.setting)) for pair in pairs]
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The stage
 
-def choose_people(asked: Iterable[str], preset: Iterable[str], replies: Counter, source: str) -> list[str]:
-    """The people to model: those asked for, those of the preset, or the two who reply most. Stops at a name that nobody has, with the nearest ones."""
-    users = list(dict.fromkeys(asked or preset or [user for user, _ in replies.most_common(2)]))
-    if unknown := next((user for user in users if user not in replies), None):
-        folded = {user.casefold(): user for user in replies}
-        near = [user for user in replies if unknown.casefold() in user.casefold()][:3] or [folded[name] for name in difflib.get_close_matches(unknown.casefold(), folded, 3, 0.5)]
-        stop((f"--user {unknown}" if asked else f"{unknown}, of the --domain, for whom --user may name somebody else") + f": nobody of that name replies in {source}; " + (f"near it are {', '.join(near)}; " if near else "") + "see who does with --list-users")
-    return users
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = stage_arguments(__doc__, default_limit=44)
-    group = parser.add_argument_group("where the conversations come from, and whose actions are modelled")
-    group.add_argument("--domain", choices=tuple(DOMAINS), default=None, help="a preset of source, people, setting and cleaning; --source, --user and --setting override its parts")
-    group.add_argument("--source", help="chitchat, convokit:FOLDER_ZIP_OR_NAME, markdown:FOLDER, turns:FILE or hub:NAME (default: chitchat)")
-    group.add_argument("--user", action="append", metavar="ID", help="model this person (may be repeated; default: the two with most replies)")
-    group.add_argument("--setting", metavar="TEXT", help=f"a sentence or two on where this is and which role {PERSON}, as prompts call the person, has in it (default: a chat between friends)")
-    group.add_argument("--sha256", metavar="HEX", help="refuse a corpus file whose checksum is another")
-    group.add_argument("--pseudonymise", action="store_true", help="replace the names of people by roles in all rows")
-    group.add_argument("--list-users", action="store_true", help="print who is in the source and how often each replies, and stop")
-    group = parser.add_argument_group("what makes a pair")
-    group.add_argument("--max-context-turns", type=positive_int, default=6, help="turns before the action, at most (default: %(default)s)")
-    group.add_argument("--max-context-tokens", type=positive_int, default=96, help="tokens in a context, at most, by the model's tokenizer (default: %(default)s)")
-    group.add_argument("--min-action-words", type=positive_int, default=8, help="words in an action, at least; fewer give nothing to reconstruct (default: %(default)s)")
-    group.add_argument("--max-action-tokens", type=positive_int, default=32, help="tokens in an action, at most (default: %(default)s)")
-    group = parser.add_argument_group("splits, as shares of each person's conversations (and of the pairs under --limit)")
-    group.add_argument("--val-share", type=fraction, default=0.1, help="share of validation (default: %(default)s)")
-    group.add_argument("--test-share", type=fraction, default=0.55, help="share of test (default: %(default)s)")
+def parse_args(argv: list[str] | None):
+    parser = common.stage_arguments(__doc__, default_limit=44)
+    add = parser.add_argument_group("where the conversations come from, and whose actions are modelled").add_argument
+    add("--domain", choices=tuple(DOMAINS), help="a preset, of which --source, --user and --setting override parts")
+    add("--source", help="chitchat, convokit:FOLDER_ZIP_OR_NAME, markdown:FOLDER, turns:FILE or hub:NAME")
+    add("--user", action="append", metavar="ID", help="model this person; may be repeated (unset: the two busiest)")
+    add("--setting", metavar="TEXT", help=f"a sentence on the place, one on {PERSON}'s role (unset: a chat of friends)")
+    add("--sha256", metavar="HEX", help="refuse a source file whose checksum is another")
+    add("--pseudonymise", action="store_true", help="replace the names of people by roles in all rows")
+    add("--list-users", action="store_true", help="print who is in the source and how often each replies, and end")
+    add = parser.add_argument_group("what makes a pair").add_argument
+    number = {"type": common.positive_int, "metavar": "N"}
+    add("--max-context-turns", default=6, help="turns before the action, at most", **number)
+    add("--max-context-tokens", default=96, help="tokens in a context, at most", **number)
+    add("--min-action-words", default=common.LEXICON["min_action_words"], help="words in an action, at least", **number)
+    add("--max-action-tokens", default=32, help="tokens in an action, at most", **number)
+    add = parser.add_argument_group("splits, as shares of a person's conversations, and of --limit").add_argument
+    add("--val-share", type=common.fraction, default=0.1, help="for validation")
+    add("--test-share", type=common.fraction, default=0.55, help="for test")
     args = parser.parse_args(argv)
     if not (args.val_share > 0 and args.test_share > 0 and args.val_share + args.test_share < 1):
-        stop("--val-share and --test-share must be positive and leave something for train")
+        fail("--val-share and --test-share must be positive and leave something for train")
+    domain = DOMAINS[args.domain] if args.domain else Domain(args.source or "chitchat")
+    args.source, args.setting = args.source or domain.source, args.setting or domain.setting
+    args.user = args.user or list(domain.people)
+    args.clean = domain.clean if args.domain else NO_DOMAIN.get(args.source.partition(":")[0], ())
+    return args
 
-    domain = DOMAINS[args.domain] if args.domain else Domain("chitchat", (), None, ())
-    if args.source is None:
-        args.source = domain.source
-    elif not args.domain:                                    # without a preset, what the format itself needs
-        domain.clean = {"markdown": DOMAINS["podcast"].clean, "convokit": ("deleted", "stage directions")}.get(args.source.partition(":")[0], ())
-    args.setting = args.setting or domain.setting
-    started = time.monotonic() if args.list_users else begin_run(args.run, args.max_memory)
-    source = Source(args.source, domain.clean, args.sha256)
-    output = args.run / "pairs.jsonl"
-    told = argparse.Namespace(**vars(args) | {"user": args.user and [hashlib.sha256(user.encode("utf-8", "replace")).hexdigest()[:8] if args.pseudonymise else user for user in args.user]})
-    record = made_with(told, files=source.files(), clean=domain.clean, people=[] if args.pseudonymise else domain.people)
-    if not args.list_users and check_record(output, record, args.overwrite):
-        print(f"01_prepare: {output} is already made ({len(read_pairs(output))} pairs)")
-        return
-    replies = count_replies(source)
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     if args.list_users:
-        print(f"{'replies':>8}  user")
-        print("\n".join(f"{count:>8}  {user}" for user, count in replies.most_common()))
-        return
-    users = choose_people(args.user or [], domain.people, replies, args.source)
-    conversations = [some for some in source if any(turn.speaker in users and turn.answers is not None for turn in some[2])]
-    for user in users:
-        if (found := len({name for name, _, turns in conversations if any(turn.speaker == user and turn.answers is not None for turn in turns)})) < 3:
-            stop(f"--user {user} replies in {found} conversation{'s' * (found != 1)} of {args.source}; three are needed, one each for train, val and test")
-    if repeated := len(conversations) - len({name for name, _, _ in conversations}):
-        print(f"{repeated} conversations have the id of another one: those of one id stay in one split")
-    if any(at is None for _, at, _ in conversations):
-        print("some conversations have no time: the splits of their people are random, not by date")
-    splits = split_conversations(conversations, users, args.val_share, args.test_share, args.seed)
-    limits = {"turns": args.max_context_turns, "context_tokens": args.max_context_tokens, "words": args.min_action_words,
-              "action_tokens": args.max_action_tokens, "source": source.kind,
-              "setting": {"setting": args.setting} if args.setting else {}}
-    pairs, dropped = make_pairs(conversations, users, splits, limits, load_tokenizer(args.model))
+        replies = count_replies(Source(args.source, args.clean, args.sha256))
+        return print("\n".join(f"{count:>8}  {user}" for user, count in [("user", "replies"), *replies.most_common()]))
+    started = common.open_run(args)
+    source, output = Source(args.source, args.clean, args.sha256), args.run / "pairs.jsonl"
+    following, asked = "python 02_sample_candidates.py", args.user
+    args.user = list(map(common.hash_of, asked)) if args.pseudonymise else asked          # configs hold no names either
+    config = common.run_config(args, ignore=["four_bit", "dtype"]) | {"inputs": source.hashes()}
+    if common.is_made(output, config, args.overwrite):
+        print(f"{output} is already made")
+        return common.print_next(args, following)
+    replies = count_replies(source)
+    users = choose_people(asked, replies)
+    conversations = [one for one in source if repliers(one) & set(users)]
+    splits = split_conversations(conversations, users, args)
     shares = {"train": 1 - args.val_share - args.test_share, "val": args.val_share, "test": args.test_share}
-    chosen = choose_pairs(pairs, users, args.limit, shares, args.seed)
-    counts = Counter(pair["split"] for pair in chosen)
-    if empty := [split for split in shares if not counts[split]]:
-        stop(f"no pair is left for {', '.join(empty)} (of {len(pairs)}; dropped: {dict(dropped)}); give more conversations, a higher --limit or looser limits")
-    if len(pairs) > len(chosen):
-        dropped["beyond --limit"] = len(pairs) - len(chosen)
-    named = chosen
+    found, dropped = find_replies(conversations, users, source.kind, args.min_action_words)
+    quotas = pair_quotas(args.limit or 10**9, shares, users)
+    pairs = choose_pairs(found, splits, quotas, common.load_tokenizer(args.model), args, dropped)
+    if empty := set(shares) - {pair.split for pair in pairs}:
+        fail(f"no pair is left for {', '.join(empty)} ({dict(dropped)}); give more conversations or looser limits")
     if args.pseudonymise:
-        chosen = pseudonymise(chosen, users, [turn.speaker for _, _, turns in conversations for turn in turns])
-    problems = {kind: {"first": first, "count": count} for kind, (first, count) in source.problems().items()}
-    replied = dict(zip((pair["user"] for pair in chosen), (replies[pair["user"]] for pair in named)))
-    parts = Counter((pair["user"], pair["split"]) for pair in chosen)
-    summary = {"source": args.source, "setting": args.setting, "cleaned": dict(source.counts), "dropped": dict(dropped), "problems": problems,
-               "people": {user: {"replies": count, "pairs": {split: parts[user, split] for split in shares}} for user, count in replied.items()}}
-    write_text(args.run / "pairs.summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-    write_output(output, "".join(map(dump_row, chosen)), record)
-    print("people:", ", ".join(f"{user} ({found['replies']} replies)" for user, found in summary["people"].items()))
-    for user, found in summary["people"].items():
-        if lacking := [split for split, count in found["pairs"].items() if not count]:
-            print(f"{user} has no pair in {', '.join(lacking)}: the others' pairs stand for it")
-    for kind, found in problems.items():
-        print(f"{found['count']} {kind} (first: {found['first']})")
-    print("cleaned:", ", ".join(f"{rule} in {count} turns" for rule, count in source.counts.most_common()) or "nothing")
-    print("dropped:", ", ".join(f"{reason} {count}" for reason, count in dropped.most_common()) or "nothing")
-    print(f"01_prepare: {sum(replies[user] for user in users)} replies in, {len(chosen)} pairs out "
-          f"({', '.join(f'{split} {counts[split]}' for split in shares)}), {sum(dropped.values())} skipped, {time.monotonic() - started:.0f} s")
-
+        pairs = pseudonymise(pairs, users, (turn.speaker for one in conversations for turn in one.turns))
+    counts = sorted(Counter(f"{pair.user} {pair.split}" for pair in pairs).items())
+    summary = {"pairs": dict(counts), "problems": source.problems, "cleaned": source.cleaned, "dropped": dropped}
+    common.write_file(args.run / "pairs.summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    common.write_file(output, "".join(map(common.dump_row, pairs)), config)
+    for what, rows in summary.items():
+        print(f"{what}:", "; ".join(f"{name} {count}" for name, count in rows.items()) or "none")
+    common.end_stage(args, "01_prepare", sum(replies[user] for user in users), len(pairs), 0, started, 0, following)
 
 if __name__ == "__main__":
-    run_stage(main)
+    common.run_stage(main)

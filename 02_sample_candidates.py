@@ -1,109 +1,93 @@
-"""Stage 2: the synthesizer M_r writes N candidate traces for each pair, seeing context and action.
+"""Stage 2: the synthesizer writes N candidate traces for each pair, seeing context and action.
 
-A trace says what the person feels, wants and values just before acting. Sampled this way it may explain the action
-or merely justify it after the fact; stage 3 finds out which.
+A trace says what the person feels, wants and values just before acting. Sampled this way it may explain the action or
+merely justify it after the fact; stage 3 finds out which.
 
-    in     RUN/pairs.jsonl
-    out    RUN/candidates.jsonl     id, candidates [{trace, finished, tokens}]
+    in     RUN/pairs.jsonl                      (with --tag: RUN/models/synthesizer, from stage 5, as well)
+    out    RUN/candidates[.TAG].jsonl
 
 How to run it:
 
     python 02_sample_candidates.py                        4 traces for each pair of runs/demo
     python 02_sample_candidates.py --model Qwen/Qwen3-8B  with another synthesizer (4 bits on a GPU)
-    accelerate launch 02_sample_candidates.py             on all GPUs; the rows are the same
     python 02_sample_candidates.py --model openai:NAME    with one on a server (OPENAI_BASE_URL, OPENAI_API_KEY)
+    python 02_sample_candidates.py --tag grpo             a second set by the synthesizer that stage 5 trained
+    accelerate launch 02_sample_candidates.py             on all GPUs; the rows are the same
 
-Departures from the paper: N = 4 is the paper's; the prompt, with worked examples because the embedded model is small, the
-temperature and min-p are ours. A trace that meets the token limit loses the sentence it was in the middle of. Test pairs get candidates too, to be looked at in the report; only the
-train split is ever learnt from. A server samples by the temperature alone: min-p is not part of the API.
+Departures from the paper: N = 4 is the paper's; the prompt, with worked examples because the embedded model is small,
+the temperature and min-p are ours. A trace that meets the token limit loses the sentence it was in the middle of. Test
+pairs get candidates too, for the report and for the reconstructions of stage 6; only the train split is ever learnt
+from. A server samples by the temperature alone: min-p is not part of the API.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
-from common import (MIN_P, PAIR_KEYS, REMOTE, Portions, Row, Server, append_rows, batches_by_length, begin_output, begin_run, closing_line, end_output,
-                    finished_rows, fraction, gather, generate, leave_to_first, load_writer, made_with, messages_of, part_of, positive_int, progress, read_pairs,
-                    run_stage, seed_of, server_address, server_arguments, share, show_context, show_scene, stage_arguments, stop_unanswered, synthesis_prompt,
-                    trace_of, whole_sentences)
+import common
+from common import Candidate, Candidates, Pair
 
 
-def sample_traces(model: Any, tokenizer: Any, pairs: Sequence[Row], n: int, max_tokens: int, temperature: float,
-                  min_p: float, seed: object) -> list[list[Row]]:
-    """`n` candidates {trace, finished, tokens} for each pair, drawn from the synthesis prompt.
+def sample_traces(model: common.LocalModel | common.ApiModel, pairs: list[Pair], args) -> list[Candidates]:
+    """N traces a pair. The noise of trace k depends on (seed, pair, k), so a resumed run draws the same traces.
 
-    The worked examples are computed once for the batch and each prompt once for its n traces. The noise of trace k
-    of a pair depends on (seed, pair id, k) alone.
+    A pair that a server did not answer N times has no row.
     """
-    prompts = [synthesis_prompt(tokenizer, pair) for pair in pairs]
-    groups = [(prompt[:-1], [prompt[-1:]] * n) for prompt in prompts]
-    seeds = [seed_of(seed, pair["id"], k) for pair in pairs for k in range(n)]
-    completions = generate(model, tokenizer, groups, max_tokens, seeds, temperature, min_p)
-    candidates = [{"trace": trace_of(tokenizer, c), "finished": c.finished, "tokens": len(c.ids)} for c in completions]
-    return [candidates[start:start + n] for start in range(0, len(candidates), n)]
+    groups = model.sample(
+        [[common.synthesis_prompt(pair)] * args.num_samples for pair in pairs],
+        seeds=[[common.stable_seed(args.seed, "trace", pair.id, k) for k in range(args.num_samples)] for pair in pairs],
+        max_new_tokens=args.max_trace_tokens, temperature=args.temperature, min_p=args.min_p)     # [pair][k]
+    traces = [[Candidate(trace=common.trace_of(found), finished=found.finished, tokens=found.tokens) for found in group]
+              if all(group) else None for group in groups]
+    return [Candidates(id=pair.id, **pair.model_extra, candidates=some) for pair, some in zip(pairs, traces) if some]
 
 
-def ask_traces(server: Server, pairs: Sequence[Row], n: int, max_tokens: int, temperature: float, seed: object) -> list[list[Row]]:
-    """As sample_traces, from a server; no candidates for a pair that it did not answer n times."""
-    answers = iter(server.ask_all({"messages": messages_of("synthesis", context=show_scene(pair), action=pair["action"]), "max_tokens": max_tokens,
-                                   "temperature": temperature, "seed": seed_of(seed, pair["id"], k)} for pair in pairs for k in range(n)))
-    found = [[next(answers) for _ in range(n)] for _ in pairs]
-    return [[{"trace": whole_sentences(a.text, a.whole), "finished": a.whole, "tokens": a.completion_tokens} for a in some] if all(some) else [] for some in found]
+def parse_args(argv: list[str] | None):
+    parser = common.stage_arguments(__doc__)
+    add = parser.add_argument_group("sampling").add_argument
+    add("--num-samples", **common.COUNT, default=4, help="traces a pair")
+    add("--max-trace-tokens", **common.COUNT, default=48, help="tokens in a trace, at most")
+    add("--temperature", type=common.number_type(float, 0, 10), default=1.0, help="0 is greedy")
+    add("--min-p", type=common.fraction, default=0.1, help="leave out tokens less likely than this times the likeliest")
+    add("--batch-size", **common.COUNT, default=32, help="pairs sampled at once")
+    add = parser.add_argument_group("a second set of candidates").add_argument
+    add("--tag", metavar="NAME", help="of the set, whose other settings are those of candidates.jsonl")
+    add("--adapter", type=Path, metavar="DIR", help="of the synthesizer (unset: RUN/models/synthesizer with --tag)")
+    common.api_arguments(parser)
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = stage_arguments(__doc__)
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--n", type=positive_int, default=4, help="candidates a pair (default: %(default)s)")
-    group.add_argument("--max-trace-tokens", type=positive_int, default=40, help="tokens in a trace, at most (default: %(default)s)")
-    group.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: %(default)s)")
-    group.add_argument("--min-p", type=fraction, default=MIN_P, help="leave out tokens less likely than this times the likeliest (default: %(default)s)")
-    group.add_argument("--batch", type=positive_int, default=16, help="pairs sampled at once (default: %(default)s)")
-    server_arguments(parser)
-    args = parser.parse_args(argv)
-
-    if args.temperature < 0:
-        parser.error("argument --temperature: must not be negative")
-    started = begin_run(args.run, args.max_memory)
-    source, output = args.run / "pairs.jsonl", args.run / "candidates.jsonl"
-    pairs = read_pairs(source)[:args.limit]
-    remote = args.model.startswith(REMOTE)
-    record = made_with(args, [source], ["synthesis"], ignore=("concurrency", *(["batch"] if remote else [])), **({"server": server_address()} if remote else {}))
-    done = finished_rows(output, record, args.overwrite, ("id", "candidates"), [pair["id"] for pair in pairs])
-    if pairs and len(done) == len(pairs):
-        print(f"02_sample_candidates: {output} is already made ({len(done)} rows)")
-        return
-    model, tokenizer = load_writer(args.model, args.four_bit, args.concurrency, args.temperature)
-    length = lambda pair: len(show_context(pair) if remote else synthesis_prompt(tokenizer, pair))
-    begin_output(output, record, args.overwrite)
-    draw = lambda some: sample_traces(model, tokenizer, some, args.n, args.max_trace_tokens, args.temperature, args.min_p, (args.seed, "02"))
-    tokens = finished = sampled = missing = alike = 0
-    portions, batches = Portions(), batches_by_length(pairs, length, args.batch)
-    for batch in progress(share(batches), "sampling traces"):
-        if all(pair["id"] in done for pair in batch):
-            continue
-        if remote:                                            # rows do not depend on one another, and none is paid for twice
-            batch = [pair for pair in batch if pair["id"] not in done]
-            candidates = ask_traces(model, batch, args.n, args.max_trace_tokens, args.temperature, (args.seed, "02"))
-        else:
-            candidates = portions.run(draw, batch)
-        missing += candidates.count([])
-        rows = [{"id": pair["id"], **{key: value for key, value in pair.items() if key not in PAIR_KEYS}, "candidates": some}
-                for pair, some in zip(batch, candidates) if some and pair["id"] not in done]
-        append_rows(part_of(output), rows)
-        fresh = [candidate for row in rows for candidate in row["candidates"]]
-        tokens += sum(candidate["tokens"] for candidate in fresh)
-        finished, sampled = finished + sum(candidate["finished"] for candidate in fresh), sampled + len(fresh)
-        alike += sum(len({candidate["trace"] for candidate in row["candidates"]}) == 1 for row in rows)
-    end_output(output, [pair["id"] for batch in batches for pair in batch])
-    tokens, finished, sampled, alike = map(sum, zip(*gather([(tokens, finished, sampled, alike)])))
-    leave_to_first()
-    print(f"traces that ended by themselves: {finished} of {sampled}")
-    if args.n > 1 and args.temperature > 0 and alike * args.n == sampled > 0:
-        print("note: every pair's traces are all the same, as if the temperature were 0; a server may need to be told to sample (README, Troubleshooting)")
-    closing_line(args.run, "02_sample_candidates", len(pairs), len(pairs) - missing, len(done), started, tokens, [model] if remote else [])
-    if missing:
-        stop_unanswered([model], missing, "pairs")
+    args = parse_args(argv)
+    started = common.open_run(args)
+    source, target = args.run / "pairs.jsonl", args.run / common.tagged("candidates.jsonl", args.tag)
+    following = "python 03_reconstruct_score.py" + (f" --tag {args.tag}" if args.tag else "")
+    if args.tag:
+        args = common.inherit_settings(args, args.run / "candidates.jsonl")
+        args.adapter = args.adapter or args.run / "models" / "synthesizer"
+        common.check_adapter(args.adapter, args.model)
+    pairs = common.read_rows(source, Pair, "01_prepare.py")[:args.limit]
+    inputs = [source, *([args.adapter / "adapter_model.safetensors"] if args.adapter else [])]
+    config = common.run_config(args, inputs, ["synthesis"], ignore=["adapter"])
+    output = common.Output(target, Candidates, config, args.overwrite)
+    skipped = len(output.rows)
+    if output.has(pairs) and not args.show_prompt:
+        print(f"{target} is complete ({skipped} rows)")
+        return common.print_next(args, following)
+    model = common.load_writer(args.model, args)
+    if args.show_prompt:
+        return print(model.show(common.synthesis_prompt(pairs[0])))
+    if args.adapter:
+        model.model = common.add_adapter(model.model, 0, args.seed, args.adapter, trainable=False)
+    batches = common.batch_by_length(pairs, lambda pair: model.length(common.synthesis_prompt(pair)), args.batch_size)
+    todo, made = [batch for batch in batches if not output.has(batch)], []
+    for rows in common.run_batches(lambda batch: sample_traces(model, batch, args), todo, "sampling traces"):
+        output.append(rows)
+        made += [candidate for row in rows for candidate in row.candidates]
+    print(f"traces that ended by themselves: {sum(candidate.finished for candidate in made)} of {len(made)}")
+    apis = [model] if isinstance(model, common.ApiModel) else []
+    common.end_stage(args, "02_sample_candidates", len(pairs), len(output.rows), skipped, started,
+                     0 if apis else sum(candidate.tokens for candidate in made), following, apis)
+    common.fail_unanswered(apis, len(pairs) - len(output.rows), "pairs")
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    common.run_stage(main)

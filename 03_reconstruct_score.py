@@ -1,407 +1,392 @@
-"""Stage 3: the reconstructor M_a predicts the action from context and trace, and each trace is scored by how close it comes.
+"""Stage 3: the reconstructor predicts the action from context and trace; each trace is scored by how close it comes.
 
 The heart of Recon: a trace from which the action can be predicted holds a cause of it; a mere justification does not.
-M_a never sees the action when it writes. All scores are per candidate, higher is better, and all stay in the row:
+The reconstructor never sees the action when it writes. All scores are per candidate, and higher is better:
 
-    likelihood   mean over the action's tokens of log p(token | context, trace) - log p(token | context), nats a token
-    unsaid       the same, but tokens of content words that the trace gives away earn nothing
-    embedding    cosine of the encoded reconstruction and the encoded action
-    judge        a language model sees the action and all N reconstructions and rates style, intent, values; mean, 0 to 9
+    likelihood         mean over the action's tokens of log p(token | context, trace) - log p(token | context), nats
+    masked_likelihood  the same, but tokens of content words that the trace gives away earn nothing
+    contrast           masked_likelihood minus its mean over actions of other conversations, in the same context
+    embedding          cosine of the encoded reconstruction and the encoded action
+    judge              a language model sees the action and all N reconstructions and rates style, intent and values,
+                       0 to 9 each; their mean
 
-and the leak guard, which no score is trusted without, because a trace that quotes the action reconstructs it best:
+and the leak detector, without which no score is trusted, because a trace that quotes the action reconstructs it best
+(common.detect_leaks): selection takes a leak last, and in GRPO it earns less than the average honest trace.
 
-    leak         share of the action's 4-grams that stand in the trace but not in the context
-    reworded     how much of the action the trace gives away in other words or forms (see common.guard_traces)
-    stopped      true if either is too high; selection takes such a trace last, and in GRPO it earns less than the average honest one
-
-    in     RUN/pairs.jsonl, RUN/candidates.jsonl
-    out    RUN/scores.jsonl             id, candidates [{… leak, reworded, stopped, reconstruction, scores, logprob_sum}],
-                                        baseline {the scores with no trace}, control {another pair's trace, its scores}, calls
-                                        (with the judge: each candidate's ratings; cut: turns left out of the context)
-           RUN/scores.summary.json      the controls below, what the guard stopped, model calls
-           RUN/token_logprobs.jsonl     with --keep-token-logprobs: what other aggregates need, without a model call
+    in     RUN/pairs.jsonl, RUN/candidates[.TAG].jsonl
+    out    RUN/scores[.TAG].jsonl             with reconstructions from every candidate, from no trace (the baseline)
+                                              and from another pair's trace (the control), for held-out pairs too
+           RUN/scores[.TAG].summary.json      do the scores measure anything? See ScoreCheck
 
 How to run it:
 
     python 03_reconstruct_score.py
-    python 03_reconstruct_score.py --scorers likelihood                          writes no reconstructions: several times faster
+    python 03_reconstruct_score.py --scorers likelihood                          writes no reconstructions: faster
     python 03_reconstruct_score.py --scorers likelihood,embedding,judge          the paper's scorer beside ours
-    python 03_reconstruct_score.py --scorers judge --judge openai:NAME           by a server (OPENAI_BASE_URL, OPENAI_API_KEY)
-    accelerate launch 03_reconstruct_score.py                                    on all GPUs; the rows are the same
-    python 03_reconstruct_score.py --model openai:NAME --scorers embedding,judge          reconstructed there as well
-
-The summary's controls say whether a score measures anything: how often a pair's own trace beats another pair's (AUC;
-0.5 is noise), whether the score merely follows length or leaks, and in how many pairs not one trace scores above having no trace.
-The judge sees neither the other pair's trace nor the one without a trace, so it has no AUC here (benchmarks/scoring.py has).
+    python 03_reconstruct_score.py --scorers judge --judge openai:NAME           by a server
+    python 03_reconstruct_score.py --tag grpo                                    the second set, as the first was scored
 
 Departures from the paper: it scores with a judge alone, in 2N + 1 model calls a pair (N traces, N reconstructions, one
-judgement), as `--scorers judge` does. The other scores, the guard and the controls are ours.
+judgement), as `--scorers judge` does. The other scores, the leak detector and the controls are ours.
 """
 
 import json
+import re
 from collections import Counter
-from collections.abc import Callable, Container, Sequence
-from functools import partial
-from itertools import zip_longest
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from common import (ASPECTS, REMOTE, Group, Portions, Row, Server, append_rows, batches_by_length, begin_output, begin_run, bootstrap_interval, check_made_from,
-                    clean_action, closing_line, cut_context, decode, digit_tokens, discard, embed, encode_data, encode_prompt, end_output, finished_rows, gather,
-                    generate, guard_traces, judge_locally, judge_remotely, leave_to_first, likelihood_scores, load_encoder, load_model, load_writer, made_with,
-                    messages_of, open_server, other_pairs, part_of, positive_int, progress, read_candidates, read_object, read_pairs, reconstruction_prompt, run_stage, seed_of,
-                    server_address, server_arguments, share, show_context, show_rate, show_scene, stage_arguments, stop, stop_unanswered, write_text)
+import torch
+
+import common
+from common import Candidate, Candidates, Control, Leak, Pair, Prompt, Row, Scored, Scores
 
 SCORERS = ("likelihood", "embedding", "judge")
-Judge = Callable[[str, str, Sequence[str]], tuple[list[dict[str, float]] | None, int]]  # (context, action, guesses) -> (ratings, calls)
+SCORES = ("likelihood", "masked_likelihood", "contrast", "embedding", "judge")
+ASPECTS = ("style", "intent", "values")
+Ratings = list[dict[str, float]]                           # {aspect: 0 to 9} of each guess
 
 
-def reconstruct(model: Any, tokenizer: Any, contexts: Sequence[str], traces: Sequence[Sequence[str | None]], max_tokens: int) -> list[list[str | None]]:
-    """M_a's greedy prediction of the action for each trace of each context; a trace of None predicts without one.
+# ----------------------------------------------------------------------------------------------------------------------
+# Reconstruct
 
-    The context is computed once for its traces. There is no action among the arguments. A `model` that is a Server is asked;
-    what it does not answer is None.
+
+def reconstruct(model: common.LocalModel | common.ApiModel, pairs: Sequence[Pair],
+                traces: Sequence[Sequence[str | None]], max_new_tokens: int) -> list[list[str] | None]:
+    """The greedy prediction of the action from each trace of each pair; a trace of None predicts without one.
+
+    None for a pair that a server did not answer in full.
     """
-    if isinstance(model, Server):
-        prompts = [messages_of("reconstruction", context=context, trace=trace) if trace is not None else messages_of("reconstruction_no_trace", context=context)
-                   for context, some in zip(contexts, traces) for trace in some]
-        answers = iter([answer and clean_action(answer.text) for answer in model.ask_all({"messages": prompt, "max_tokens": max_tokens} for prompt in prompts)])
-        return [[next(answers) for _ in some] for some in traces]
-    groups: list[Group] = []
-    for context, some in zip(contexts, traces):
-        prefix, suffixes = reconstruction_prompt(tokenizer, context, some)
-        groups.append((prefix, suffixes))
-    texts = iter([clean_action(decode(tokenizer, completion)) for completion in generate(model, tokenizer, groups, max_tokens, stop_text="\n")])
-    return [[next(texts) for _ in some] for some in traces]
+    prompts = [[common.reconstruction_prompt(pair, trace) for trace in group] for pair, group in zip(pairs, traces)]
+    found = model.sample(prompts, max_new_tokens=max_new_tokens, stop_text="\n")
+    return [[common.clean_action(guess.text) for guess in group] if all(group) else None for group in found]
 
 
-def local_judge(model: Any, tokenizer: Any) -> Judge:
-    """A judge whose ratings are read from a local model's token probabilities, one call each."""
-    digit_tokens(tokenizer)
-    return lambda context, action, guesses: (judge_locally(model, tokenizer, context, action, guesses), 1)
+# ----------------------------------------------------------------------------------------------------------------------
+# The judge
+
+NO_JSON = str.maketrans(dict.fromkeys('{}[]"', " "))
 
 
-def judge_in_order(judge: Judge, context: str, action: str, guesses: Sequence[str], first: int) -> tuple[list[dict[str, float]] | None, int]:
-    """The judge's ratings of `guesses`, in their order, when guess number `first` is shown first and the rest follow in a circle."""
-    shown = [*guesses[first:], *guesses[:first]]
-    ratings, calls = judge(context, action, shown)
-    return (ratings and [ratings[(place - first) % len(guesses)] for place in range(len(guesses))]), calls
+def without_json(text: str) -> str:
+    """One line without brackets and double quotes: the embedded model copied the numbers of an answer that a message
+    forged and raised its rating by 4 of 9 points, whatever the prompt said against it."""
+    return common.one_line(text.translate(NO_JSON))
 
 
-def judge_all(judge: Judge | Server, asked: Sequence[tuple[str, str, Sequence[str], int]]) -> list[tuple[list[dict[str, float]] | None, int] | None]:
-    """judge_in_order of each (context, action, guesses, first); a server is asked many at once, and what it does not answer is None."""
-    if isinstance(judge, Server):
-        return judge.each(lambda one: judge_in_order(partial(judge_remotely, judge), *one), asked)
-    return [judge_in_order(judge, *one) for one in asked]
+def judge_prompt(pair: Pair, guesses: Sequence[str]) -> Prompt:
+    numbered = [f"Guess {number}: {without_json(guess)}" for number, guess in enumerate(guesses, start=1)]
+    return Prompt("judge", {"context": common.format_scene(pair).translate(NO_JSON), "guesses": "\n".join(numbered),
+                            "action": without_json(pair.action)})
 
 
-def score_pairs(model: Any, tokenizer: Any, encoder: Any, judge: Judge | Server | None, pairs: Sequence[Row], sampled: Sequence[Row], controls: Sequence[Row],
-                scorers: Sequence[str], max_tokens: int, done: Container[str] = ()) -> tuple[list[Row], list[Row]]:
-    """The row `sampled` of each pair with scores for every candidate, for no trace and for the control; and its token log-probs.
+@torch.inference_mode()
+def rate_locally(judge: common.LocalModel, pair: Pair, guesses: Sequence[str]) -> Ratings:
+    """Ratings from token probabilities: the expected digit where the answer's digit is due (G-Eval, arXiv 2303.16634).
 
-    No row for a pair in `done`, which is there to fill the batch, nor for one for which a server gave no answer.
-
-    A control is {id, trace}, a trace of another pair. The judge never sees it, nor the reconstruction without a trace:
-    with the judge alone there are N reconstructions and one judgement a pair.
+    It needs no parsing, has no ties and is never missing. All answers' beginnings, one a guess and aspect, share the
+    prompt; the JSON has no spaces, so that the digit is the very next token.
     """
-    contexts, scenes = [show_context(pair) for pair in pairs], [show_scene(pair) for pair in pairs]
-    rows, logprobs = [], []
-    for pair, context, row, control in zip(pairs, contexts, sampled, controls):
-        everyone = [dict(candidate) for candidate in (*row["candidates"], control)]
-        for candidate, found in zip(everyone, guard_traces(encoder, [candidate["trace"] for candidate in everyone], pair["action"], context)):
-            candidate |= found | {"scores": {}}
-        rows.append({**row, "cut": pair.get("cut", 0), "candidates": everyone[:-1], "baseline": {}, "control": everyone[-1], "calls": {}})
-
-    if "likelihood" in scorers:
-        for pair, row in zip(pairs, rows):
-            everyone = [*row["candidates"], row["control"]]
-            gains, tokens = likelihood_scores(model, tokenizer, pair, [candidate["trace"] for candidate in everyone])
-            for candidate, gain in zip(everyone, gains):
-                candidate["logprob_sum"] = gain.pop("logprob_sum")
-                candidate["scores"] |= gain
-            row["baseline"] |= {"likelihood": 0.0, "unsaid": 0.0, "logprob_sum": sum(tokens[0]), "action_tokens": len(tokens[0])}
-            logprobs.append({"id": row["id"], "baseline": tokens[0], "candidates": tokens[1:-1], "control": tokens[-1]})
-
-    if "embedding" in scorers or "judge" in scorers:
-        more = [[None, row["control"]["trace"]] if "embedding" in scorers else [] for row in rows]
-        written = reconstruct(model, tokenizer, scenes, [[*(c["trace"] for c in row["candidates"]), *extra] for row, extra in zip(rows, more)], max_tokens)
-        whole = [place for place, texts in enumerate(written) if None not in texts]
-        pairs, scenes, rows, written, more = ([some[place] for place in whole] for some in (pairs, scenes, rows, written, more))
-        for row, texts, extra in zip(rows, written, more):
-            places = [*row["candidates"], row["baseline"], row["control"]]
-            for place, text in zip(places, texts):
-                place["reconstruction"] = text
-            row["calls"] = {"reconstructions": len(row["candidates"]), "reconstructions for controls": len(extra)}
-
-    if "embedding" in scorers:
-        for pair, row in zip(pairs, rows):
-            everyone = [*row["candidates"], row["control"]]
-            action, without, *vectors = embed(encoder, [pair["action"], row["baseline"]["reconstruction"], *(c["reconstruction"] for c in everyone)])
-            row["baseline"]["embedding"] = (action @ without).item()                    # unit length, so a dot is a cosine
-            for candidate, vector in zip(everyone, vectors):
-                candidate["scores"]["embedding"] = (action @ vector).item() if candidate["reconstruction"] else -1.0
-
-    if "judge" in scorers:
-        # Another guess comes first in every pair, so that no candidate's number gains from its place.
-        asked = {row["id"]: (scene, pair["action"], [candidate["reconstruction"] for candidate in row["candidates"]], seed_of("judge", row["id"]) % len(row["candidates"]))
-                 for pair, scene, row in zip(pairs, scenes, rows) if row["id"] not in done}
-        told = dict(zip(asked, judge_all(judge, list(asked.values()))))
-        judged = [(row, told[row["id"]]) for row in rows if told.get(row["id"])]
-        for row, (ratings, calls) in judged:
-            row["calls"]["judgements"] = calls
-            for candidate, rating in zip(row["candidates"], ratings or [None] * len(row["candidates"])):
-                candidate["judge"] = rating
-                candidate["scores"]["judge"] = rating and sum(rating.values()) / len(ASPECTS)
-        rows = [row for row, _ in judged]
-    return [row for row in rows if row["id"] not in done], logprobs
+    encode = lambda text: judge.tokenizer.encode(text, add_special_tokens=False)
+    if any(len(encode(str(digit))) != 1 for digit in range(10)):
+        common.fail("the judge's tokenizer does not write the digits 0 to 9 as single tokens; choose another --judge")
+    digits = [encode(str(digit))[0] for digit in range(10)]
+    beginnings = [encode(f'{{"{number}":{{"{aspect}":') for number in range(1, len(guesses) + 1) for aspect in ASPECTS]
+    prompt = common.encode_prompt(judge.tokenizer, judge_prompt(pair, guesses))
+    logits, rows = common.shared_prefix_logits(judge.model, prompt, beginnings, [[digits[:1]]] * len(beginnings))
+    chances = logits[torch.cat([row for row, in rows])][:, digits].softmax(-1)          # [guesses * aspects, 10]
+    expected = (chances @ torch.arange(10.0, device=chances.device)).view(len(guesses), len(ASPECTS)).tolist()
+    return [dict(zip(ASPECTS, row)) for row in expected]
 
 
-# ------------------------------------------------------------------------------------------------
-# Controls: does the score measure what it should?
+def parse_ratings(answer: str, count: int) -> Ratings | None:
+    """The ratings of `count` guesses in a judge's JSON answer, or None if it is anything but exactly that.
 
-
-def ranks(values: Sequence[float]) -> list[float]:
-    """Ranks from 0, ties sharing their mean rank: ranks([5, 1, 5]) is [1.5, 0, 1.5]."""
-    return [sum(other < value for other in values) + (sum(other == value for other in values) - 1) / 2 for value in values]
-
-
-def rank_correlation(groups: Sequence[tuple[Sequence[float], Sequence[float]]]) -> float | None:
-    """Spearman's correlation within groups: ranks are taken inside each pair's candidates, so pairs do not differ in level.
-
-    None if there is nothing to correlate.
+    A code fence around the object is taken off; nothing else is repaired: a guessed rating is worse than none.
     """
-    products = squares_x = squares_y = 0.0
-    for xs, ys in groups:
-        middle = (len(xs) - 1) / 2
-        for x, y in zip(ranks(xs), ranks(ys)):
-            products, squares_x, squares_y = products + (x - middle) * (y - middle), squares_x + (x - middle) ** 2, squares_y + (y - middle) ** 2
-    return products / (squares_x * squares_y) ** 0.5 if squares_x and squares_y else None
-
-
-def own_over_other(own: Sequence[float], other: Sequence[float]) -> list[float]:
-    """Every comparison of an own with another trace of one pair: 1 if the own one scores higher, 0.5 for a tie, else 0."""
-    return [(a > b) + 0.5 * (a == b) for a in own for b in other]
-
-
-def auc(rows: Sequence[Row], conversations: dict[str, str], name: str, guarded: bool) -> Row | None:
-    """Share of the comparisons within pairs that a pair's own trace wins against the control, with a 95 % interval by conversation.
-
-    `guarded` leaves out stopped traces, own ones and controls.
-    """
-    points, clusters = [], []
-    for row in rows:
-        some = [[c["scores"][name] for c in side if c["scores"].get(name) is not None and not (guarded and c["stopped"])]
-                for side in (row["candidates"], [row["control"]])]
-        compared = own_over_other(*some)
-        points += compared
-        clusters += [conversations[row["id"]]] * len(compared)
-    if not points:
+    text = re.sub(r"\A```(?:json)?\s*\n(.*)\n```\Z", r"\1", answer.strip(), flags=re.DOTALL)
+    try:
+        found = json.loads(text)
+        rows = [found[str(number)] for number in range(1, count + 1)]
+        ratings = [{aspect: float(row.pop(aspect)) for aspect in ASPECTS} for row in rows]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
-    return {"auc": sum(points) / len(points), "ci95": bootstrap_interval(points, clusters, 0), "comparisons": len(points)}
+    whole = len(found) == count and not any(found.values())        # no further guess and no further aspect
+    return ratings if whole and all(0 <= value <= 9 for row in ratings for value in row.values()) else None
 
 
-def measure_controls(rows: Sequence[Row], conversations: dict[str, str], name: str) -> Row:
-    """The controls of one score over all rows."""
-    scored = [row for row in rows if any(c["scores"].get(name) is not None for c in row["candidates"])]
-    groups = [[c for c in row["candidates"] if c["scores"].get(name) is not None] for row in scored]
-    against = lambda key: rank_correlation([([c["scores"][name] for c in some], [c[key] for c in some]) for some in groups])
-    beaten = [all(c["scores"][name] <= row["baseline"][name] for c in some) for row, some in zip(scored, groups) if name in row["baseline"]]
-    return {"own_over_other": auc(rows, conversations, name, False), "own_over_other_guarded": auc(rows, conversations, name, True),
-            "correlation_with_length": against("tokens"), "correlation_with_leak": against("leak"), "correlation_with_rewording": against("reworded"),
-            "pairs_where_no_trace_wins": sum(beaten) / len(beaten) if beaten else None}
+def rate_guesses(judge: Any, pairs: Sequence[Pair], guesses: Sequence[Sequence[str]]) -> list[Ratings | None | str]:
+    """Ratings of each pair's guesses: None where a server's answer is not the JSON asked for, 'unanswered' without one.
 
-
-def judge_movement(judge: Judge | Server, pairs: Sequence[Row], rows: Sequence[Row]) -> Row | None:
-    """How far ratings move when the same guesses are shown in every rotation, beside how far they differ between guesses.
-
-    Both are mean absolute differences on the 0 to 9 scale: of one guess in two orders, of two guesses over all orders. An order
-    without an answer is left out.
+    Another guess is shown first in every pair, so that no candidate's number gains from its place.
     """
-    asked = [(pair, [candidate["reconstruction"] for candidate in row["candidates"]]) for pair, row in zip(pairs, rows) if len(row["candidates"]) > 1]
-    told = [one or (None, 0) for one in judge_all(judge, [(show_scene(pair), pair["action"], guesses, first) for pair, guesses in asked for first in range(len(guesses))])]
-    answers, moved, apart = iter(told), [], []
-    for _, guesses in asked:
-        orders = [[sum(rating.values()) / len(ASPECTS) for rating in ratings] for ratings, _ in (next(answers) for _ in guesses) if ratings]
-        moved += [abs(a[k] - b[k]) for k in range(len(guesses)) for i, a in enumerate(orders) for b in orders[:i]]
-        means = [sum(values) / len(values) for values in zip(*orders)]
-        apart += [abs(a - b) for i, a in enumerate(means) for b in means[:i]]
-    if not moved or not apart:
-        return None
-    return {"between_orders": sum(moved) / len(moved), "between_guesses": sum(apart) / len(apart), "pairs": len(pairs), "calls": sum(calls for _, calls in told)}
+    firsts = [common.stable_seed("judge", pair.id) % len(some) for pair, some in zip(pairs, guesses)]
+    shown = [[*some[first:], *some[:first]] for some, first in zip(guesses, firsts)]
+    if isinstance(judge, common.ApiModel):
+        answers = judge.ask_all([(judge.messages(judge_prompt(pair, some)), 50 + 50 * len(some))
+                                 for pair, some in zip(pairs, shown)])
+        found = ["unanswered" if answer is None else parse_ratings(answer.text, len(some))
+                 for answer, some in zip(answers, shown)]
+    else:
+        found = [rate_locally(judge, pair, some) for pair, some in zip(pairs, shown)]
+    back = lambda ratings, first: [ratings[(place - first) % len(ratings)] for place in range(len(ratings))]
+    return [back(ratings, first) if isinstance(ratings, list) else ratings for ratings, first in zip(found, firsts)]
 
 
-def summarise(rows: Sequence[Row], conversations: dict[str, str], movement: Row | None, left_out: Sequence[str] = ()) -> Row:
-    """What scores.summary.json holds."""
-    every = [candidate for row in rows for candidate in row["candidates"]]
-    names = sorted({name for candidate in every for name in candidate["scores"]}, key=("likelihood", "unsaid", "embedding", "judge").index)
-    calls = Counter({"traces": len(every)})
-    for row in rows:
-        calls.update(row["calls"])
-    if movement:
-        calls["judgements in other orders"] = movement["calls"]
-    guard = {"candidates": len(every), "leaking": sum(c["leak"] > 0 for c in every), "stopped": sum(c["stopped"] for c in every),
-             "pairs_with_all_stopped": sum(all(c["stopped"] for c in row["candidates"]) for row in rows)}
-    missing = sum(any(c["scores"].get("judge", 0) is None for c in row["candidates"]) for row in rows)
-    return {"pairs": len(rows), "left_out": list(left_out), "contexts_cut": sum(row["cut"] > 0 for row in rows), "calls": dict(calls), "guard": guard, "judge_missing_pairs": missing,
-            "judge_order": movement, "controls": {name: measure_controls(rows, conversations, name) for name in names}}
+# ----------------------------------------------------------------------------------------------------------------------
+# Score
 
 
-def print_summary(summary: Row) -> None:
-    guard, calls = summary["guard"], summary["calls"]
-    print(f"leak guard: stopped {guard['stopped']} of {guard['candidates']} candidates ({guard['leaking']} share a 4-gram with the action, the others reword it); "
-          f"pairs with all stopped: {guard['pairs_with_all_stopped']} of {summary['pairs']}")
-    for name, row in summary["controls"].items():
-        own = " -> ".join(show_rate(part["auc"], part["ci95"]) if part else "none" for part in (row["own_over_other"], row["own_over_other_guarded"]))
-        follows = ", ".join(f"{what} {row[f'correlation_with_{what}']:+.2f}" for what in ("length", "leak", "rewording") if row[f"correlation_with_{what}"] is not None)
-        loses = "" if row["pairs_where_no_trace_wins"] is None else f"; not one trace above having no trace in {row['pairs_where_no_trace_wins']:.0%} of pairs"
-        print(f"{name}: " + (f"own trace over another pair's {own} (behind the guard); " if row["own_over_other"] else "") + (f"correlation with {follows}" if follows else "no correlation to be had") + loses)
-    if judged := calls.get("judgements"):
-        print(f"judge: {calls['traces']} traces + {calls['reconstructions']} reconstructions + {judged} judgements = {calls['traces'] + calls['reconstructions'] + judged} model calls "
-              f"for {summary['pairs']} pairs; {summary['judge_missing_pairs']} pairs without a valid answer")
-    if moved := summary["judge_order"]:
-        print(f"judge: another order of the same guesses moves a rating by {moved['between_orders']:.2f}; two guesses differ by {moved['between_guesses']:.2f} ({moved['calls']} further calls)")
+@dataclass
+class Work:
+    """A pair with all that its scoring needs."""
+
+    pair: Pair
+    row: Candidates
+    leaks: list[Leak]                                      # of its candidates
+    control: tuple[str, Candidate]                         # another pair's id, and a trace of that pair
+    negatives: list[str]                                   # actions of other conversations, for contrast
+
+    @property
+    def id(self) -> str:
+        return self.pair.id
 
 
-# ------------------------------------------------------------------------------------------------
-# The stage
-
-
-def room_in_window(model: Any, tokenizer: Any, prompt: str, tokens: int) -> int:
-    """Tokens left for a context in the model's window once the words of `prompt` and `tokens` more have their place."""
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if window is None:
-        stop("the model's configuration names no window (max_position_embeddings); use a model that does")
-    return window - sum(map(len, encode_prompt(tokenizer, prompt, context="", action="", trace="", guesses="", setting=""))) - tokens
-
-
-def choose_controls(work: Sequence[Row], pairs: Sequence[Row], found: dict[str, Row]) -> dict[str, Row]:
-    """{id, trace, tokens} for each pair of `work`: the first candidate of another of `pairs` (see common.other_pairs)."""
-    if work and len(pairs) < 2:
-        stop("one pair is not enough: each pair's control is the trace of another pair")
+def choose_other(pairs: Sequence[Pair], *seed: object) -> dict[str, Pair]:
+    """Another pair for each pair, by id: the next in a seeded circle, of another conversation where there is one."""
+    circle = sorted(pairs, key=lambda pair: common.stable_seed(*seed, pair.id))
     chosen = {}
-    for pair, other in zip(work, other_pairs(work, pairs, "control")):
-        first = found[other["id"]]["candidates"][0]
-        chosen[pair["id"]] = {"id": other["id"], "trace": first["trace"], "tokens": first["tokens"]}
+    for place, pair in enumerate(circle):
+        later = [*circle[place + 1:], *circle[:place]]
+        elsewhere = (other for other in later if other.conversation != pair.conversation)
+        chosen[pair.id] = next(elsewhere, later[0] if later else pair)
     return chosen
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = stage_arguments(__doc__)
-    group = parser.add_argument_group("scoring")
-    group.add_argument("--scorers", default="likelihood,embedding", help=f"which scores to compute, comma-separated, from {', '.join(SCORERS)} (default: %(default)s)")
-    group.add_argument("--encoder", default="embedded", metavar="NAME", help="mean-pooled sentence encoder: 'embedded', a local folder or a hub name (default: %(default)s)")
-    group.add_argument("--judge", metavar="NAME", help="model that judges: a local folder, a hub name or openai:NAME (default: the reconstructor)")
-    group.add_argument("--max-action-tokens", type=positive_int, default=24, help="tokens in a reconstruction, at most (default: %(default)s)")
-    group.add_argument("--batch", type=positive_int, default=16, help="pairs reconstructed at once (default: %(default)s)")
-    server_arguments(parser)
-    group.add_argument("--keep-token-logprobs", action="store_true", help="write RUN/token_logprobs.jsonl as well")
+def prepare_work(encoder: Any, pairs: Sequence[Pair], found: dict[str, Candidates], negatives: int,
+                 seed: int) -> list[Work]:
+    """The leaks of every candidate, and for each pair its control and negatives, both of its own split."""
+    leaks = {pair.id: common.detect_leaks(encoder, [candidate.trace for candidate in found[pair.id].candidates],
+                                          pair.action, common.format_context(pair)) for pair in pairs}
+    work = {}
+    for split in ("train", "val", "test"):
+        peers = [pair for pair in pairs if pair.split == split]
+        for pair, other in ((pair, choose_other(peers, "control")[pair.id]) for pair in peers):
+            passing = [k for k, leak in enumerate(leaks[other.id]) if not leak.is_leak]
+            trace = found[other.id].candidates[passing[0] if passing else 0]
+            work[pair.id] = Work(pair, found[pair.id], leaks[pair.id], (other.id, trace),
+                                 common.choose_negatives(pair, peers, negatives, other.id, seed))
+    return [work[pair.id] for pair in pairs]
+
+
+def score_pairs(work: Sequence[Work], model: Any, encoder: Any, judge: Any, scorers: Sequence[str],
+                max_new_tokens: int) -> list[Scores]:
+    """Scores of every candidate, of no trace and of the control. A pair that a server did not answer has no row."""
+    rows = []
+    for item in work:
+        other, trace = item.control
+        (leak,) = common.detect_leaks(encoder, [trace.trace], item.pair.action, common.format_context(item.pair))
+        scored = [Scored(**candidate.model_dump(), **found.model_dump(), scores={})
+                  for candidate, found in zip(item.row.candidates, item.leaks)]
+        control = Control(**trace.model_dump(), **leak.model_dump(), scores={}, id=other)
+        rows.append(Scores(id=item.id, **item.row.model_extra, candidates=scored, control=control, baseline={},
+                           calls={}))
+
+    if "likelihood" in scorers:
+        for item, row in zip(work, rows):
+            everyone = [*row.candidates, row.control]
+            found, plain = common.likelihood_scores(model, item.pair, [some.trace for some in everyone], item.negatives)
+            for some, scores in zip(everyone, found):
+                some.scores |= scores
+            row.baseline |= dict.fromkeys(found[0], 0.0) | {"action_logprob": plain}
+
+    if "embedding" in scorers or "judge" in scorers:
+        traces = [[*(some.trace for some in row.candidates), row.control.trace, None] for row in rows]
+        guesses = reconstruct(model, [item.pair for item in work], traces, max_new_tokens)
+        work, rows, guesses = zip(*answered) if (answered := [
+            entry for entry in zip(work, rows, guesses) if entry[2]]) else ([], [], [])
+        for item, row, texts in zip(work, rows, guesses):
+            *_, row.baseline_reconstruction = texts
+            row.calls = {"reconstructions": len(row.candidates), "reconstructions for controls": 2}
+            similarities = common.cosines(encoder, [item.pair.action] * len(texts), texts)
+            targets = [*(some.scores for some in row.candidates), row.control.scores, row.baseline]
+            for some, text in zip([*row.candidates, row.control], texts):
+                some.reconstruction = text
+            for target, similarity in zip(targets, similarities):
+                target |= {"embedding": similarity} if "embedding" in scorers else {}
+
+    if "judge" in scorers and rows:
+        told = rate_guesses(judge, [item.pair for item in work], [texts[:-2] for texts in guesses])
+        for row, ratings in zip(rows, told):
+            row.calls["judgements"] = 1
+            for some, rating in zip(row.candidates, ratings or [None] * len(row.candidates)):
+                if rating is None or isinstance(rating, dict):
+                    some.ratings, some.scores["judge"] = rating, rating and sum(rating.values()) / len(ASPECTS)
+        rows = [row for row, ratings in zip(rows, told) if ratings != "unanswered"]
+    return list(rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Do the scores measure what they should?
+
+
+class ScoreCheck(Row):
+    """A score held against what it should not follow. AUC 0.5 is noise."""
+    auc: float | None                                      # share of comparisons with the control that own traces win
+    auc_ci95: list[float] | None                           # by conversation
+    auc_passing: float | None                              # the same among traces that pass the leak detector
+    auc_passing_ci95: list[float] | None
+    correlations: dict[str, float | None]                  # Spearman's within pairs, with tokens, leak, paraphrase
+    no_trace_wins: float | None                            # share of pairs in which not one trace beats no trace
+
+
+class Summary(Row):
+    pairs: int
+    candidates: int
+    quotes: int                                            # candidates that share a 4-gram with the action
+    leaks: int                                             # those and the ones that paraphrase it
+    pairs_with_all_leaks: int
+    pairs_without_judgement: int
+    calls: dict[str, int]                                  # model calls of stages 2 and 3
+    checks: dict[str, ScoreCheck]
+
+
+def rank_correlation(groups: Sequence[tuple[Sequence[float], Sequence[float]]]) -> float | None:
+    """Spearman's correlation with ranks taken within groups, so that pairs do not differ in level; None without any."""
+    from scipy.stats import rankdata
+
+    ranks = [[rankdata(values) - (len(values) + 1) / 2 for values in group] for group in groups]
+    products, xs, ys = (sum(float(a @ b) for a, b in some) for some in (
+        ranks, [(x, x) for x, _ in ranks], [(y, y) for _, y in ranks]))
+    return products / (xs * ys) ** 0.5 if xs and ys else None
+
+
+def own_over_control(rows: Sequence[Scores], conversations: dict[str, str], name: str, passing: bool) -> tuple:
+    """(share of comparisons within pairs that an own trace wins against the control, ties as half; its interval)."""
+    points, clusters = [], []
+    for row in rows:
+        own, other = ([some.scores[name] for some in side if some.scores.get(name) is not None
+                       and not (passing and some.is_leak)] for side in (row.candidates, [row.control]))
+        points += [(a > b) + 0.5 * (a == b) for a in own for b in other]
+        clusters += [conversations[row.id]] * len(own) * len(other)
+    return (sum(points) / len(points), common.bootstrap_interval(points, clusters)) if points else (None, None)
+
+
+def check_score(rows: Sequence[Scores], conversations: dict[str, str], name: str) -> ScoreCheck:
+    groups = [(row, [some for some in row.candidates if some.scores.get(name) is not None]) for row in rows]
+    groups = [(row, some) for row, some in groups if some]
+    against = {key: rank_correlation([([each.scores[name] for each in some], [getattr(each, key) for each in some])
+                                      for _, some in groups]) for key in ("tokens", "leak", "paraphrase")}
+    beaten = [all(each.scores[name] <= row.baseline[name] for each in some)
+              for row, some in groups if name in row.baseline]
+    (auc, ci), (passing, passing_ci) = (own_over_control(rows, conversations, name, only) for only in (False, True))
+    return ScoreCheck(auc=auc, auc_ci95=ci, auc_passing=passing, auc_passing_ci95=passing_ci, correlations=against,
+                      no_trace_wins=sum(beaten) / len(beaten) if beaten else None)
+
+
+def summarise(rows: Sequence[Scores], conversations: dict[str, str]) -> Summary:
+    everyone = [some for row in rows for some in row.candidates]
+    calls = sum((Counter(row.calls) for row in rows), Counter({"traces": len(everyone)}))
+    names = [name for name in SCORES if any(name in some.scores for some in everyone)]
+    return Summary(
+        pairs=len(rows), candidates=len(everyone), quotes=sum(some.leak > 0 for some in everyone),
+        leaks=sum(some.is_leak for some in everyone), calls=dict(calls),
+        pairs_with_all_leaks=sum(all(some.is_leak for some in row.candidates) for row in rows),
+        pairs_without_judgement=sum(row.candidates[0].scores.get("judge", 0.0) is None for row in rows),
+        checks={name: check_score(rows, conversations, name) for name in names})
+
+
+def print_summary(summary: Summary) -> None:
+    print(f"leak detector: {summary.leaks} of {summary.candidates} candidates ({summary.quotes} quote, the others "
+          f"paraphrase); all of a pair's in {summary.pairs_with_all_leaks} of {summary.pairs} pairs")
+    for name, check in summary.checks.items():
+        follows = ", ".join(f"{key} {value:+.2f}" for key, value in check.correlations.items() if value is not None)
+        loses = "" if check.no_trace_wins is None else f"; no trace is best in {check.no_trace_wins:.0%} of pairs"
+        print(f"{name}: own trace over another pair's {common.format_rate(check.auc, check.auc_ci95)}, among those "
+              f"that pass {common.format_rate(check.auc_passing, check.auc_passing_ci95)}; "
+              f"follows {follows or 'nothing'}{loses}")
+    if "judgements" in summary.calls:
+        total = sum(summary.calls[key] for key in ("traces", "reconstructions", "judgements"))
+        print(f"judge: {total} model calls for {summary.pairs} pairs, 2N + 1 each; "
+              f"{summary.pairs_without_judgement} pairs without a valid answer")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The stage
+
+
+def parse_args(argv: list[str] | None):
+    parser = common.stage_arguments(__doc__)
+    add = parser.add_argument_group("scoring").add_argument
+    add("--scorers", default="likelihood,embedding", help=f"comma-separated, from {', '.join(SCORERS)}")
+    add("--negatives", **common.COUNT, default=4, help="other actions for the score contrast")
+    add("--encoder", default="embedded", metavar="NAME", help="sentence encoder: 'embedded', a folder, a hub name")
+    add("--judge", metavar="NAME", help="a local folder, a hub name or openai:NAME (unset: the reconstructor)")
+    add("--max-action-tokens", **common.COUNT, default=24, help="tokens in a reconstruction")
+    add("--batch-size", **common.COUNT, default=32, help="pairs reconstructed at once")
+    add("--tag", metavar="NAME", help="of a second set of candidates; all other settings are those of scores.jsonl")
+    common.api_arguments(parser)
     args = parser.parse_args(argv)
     scorers = args.scorers.split(",")
     if unknown := [name for name in scorers if name not in SCORERS]:
-        stop(f"--scorers: unknown scorer {unknown[0]!r}; choose from {', '.join(SCORERS)}")
-    if args.keep_token_logprobs and "likelihood" not in scorers:
-        stop("--keep-token-logprobs needs the scorer likelihood")
+        common.fail(f"--scorers: unknown scorer {unknown[0]!r}; choose from {', '.join(SCORERS)}")
     if args.judge and "judge" not in scorers:
-        stop("--judge names a judge, but --scorers does not ask for one; add judge to --scorers")
-    writing_remotely, judged_by = args.model.startswith(REMOTE), (args.judge or args.model) if "judge" in scorers else ""
-    if writing_remotely and "likelihood" in scorers:
-        stop("--scorers likelihood needs a local model; pass --scorers embedding,judge, or a local --model")
+        common.fail("--judge names a judge, but --scorers does not ask for one; add judge to --scorers")
+    if args.model.startswith(common.REMOTE) and "likelihood" in scorers:
+        common.fail("--scorers likelihood needs a local model; pass --scorers embedding,judge, or a local --model")
+    return args
 
-    started = begin_run(args.run, args.max_memory)
-    sources, output = (args.run / "pairs.jsonl", args.run / "candidates.jsonl"), args.run / "scores.jsonl"
-    side = args.run / "token_logprobs.jsonl"
-    pairs = {pair["id"]: pair for pair in read_pairs(sources[0])}
-    found = {row["id"]: row for row in read_candidates(sources[1], "02_sample_candidates.py", ("trace", "tokens"))}
-    check_made_from(sources[1], sources[0], "02_sample_candidates.py")
-    if foreign := next((name for name in found if name not in pairs), None):
-        stop(f"{sources[1]}: id {foreign!r} is not in {sources[0]}; run 02_sample_candidates.py --overwrite")
-    work = [pair for name, pair in pairs.items() if name in found][:args.limit]
-    prompts = ["reconstruction", "reconstruction_no_trace", "transcript", "transcript_no_trace", *(["judge"] if "judge" in scorers else [])]
-    at_server = {"server": server_address()} if writing_remotely or judged_by.startswith(REMOTE) else {}
-    record = made_with(args, sources, prompts, ignore=("seed", "keep_token_logprobs", "concurrency", *(["batch"] if writing_remotely else [])), **at_server)
-    keys, expected = ("id", "candidates", "baseline"), [pair["id"] for pair in work]
-    done = finished_rows(output, record, args.overwrite, keys, expected)
-    kept = finished_rows(side, record, args.overwrite or not done, ("id", "baseline", "candidates"), expected) if args.keep_token_logprobs else {}
-    if args.keep_token_logprobs and (lost := next((name for name in done if name not in kept), None)):
-        stop(f"{side} lacks the log-probs of {lost}, which {output} holds already; pass --overwrite")
-    summary = args.run / "scores.summary.json"
-    told = read_object(summary, "left_out")
-    if done and told and len(done) + len(told["left_out"]) == len(work):
-        print(f"03_reconstruct_score: {output} is already made ({len(done)} rows)")
-        return
 
-    model, tokenizer = load_writer(args.model, args.four_bit, args.concurrency)
-    encoder = load_encoder(args.encoder)
-    judge = judging = None                                    # judging: a local judge's model and tokenizer
-    if judged_by.startswith(REMOTE):
-        judge = model if judged_by == args.model else open_server(judged_by, args.concurrency)
-    elif judged_by:
-        judging = (model, tokenizer) if judged_by == args.model else load_model(judged_by, args.four_bit)
-        judge = local_judge(*judging)
-    servers = {id(some): some for some in (model, judge) if isinstance(some, Server)}.values()
-    controls = choose_controls(work, [pair for name, pair in pairs.items() if name in found], found)
-    fitting, left_out = [], []
-    # A server's tokenizer and window are not known here: it is told what stage 1 left of a context, and refuses what is too long for it.
-    counter = tokenizer or (judging and judging[1])
-    for pair in work:
-        if not counter:
-            fitting.append(pair)
-            continue
-        traces = [candidate["trace"] for candidate in found[pair["id"]]["candidates"]]
-        longest = max(len(encode_data(counter, trace)) for trace in (*traces, controls[pair["id"]]["trace"]))
-        action = max(len(encode_data(counter, pair["action"])), args.max_action_tokens)
-        rooms = [] if writing_remotely else [room_in_window(model, tokenizer, "reconstruction", longest + action)]
-        if judging:                                           # a guess, its number, and room for the answer
-            rooms.append(room_in_window(*judging, "judge", action + len(traces) * (args.max_action_tokens + 8) + 16))
-        shorter = cut_context(counter, pair, min(rooms))
-        if shorter:
-            fitting.append(shorter)
-        else:
-            left_out.append(pair["id"])
-            print(f"left out: pair {pair['id']}, whose action, traces and last turn do not fit the model's window together")
+def load_judge(args, model: Any) -> Any:
+    """The judge, which may be the reconstructor; None if no score asks for it."""
+    if "judge" not in args.scorers.split(","):
+        return None
+    return model if args.judge in (None, args.model) else common.load_writer(args.judge, args)
 
-    summary.unlink(missing_ok=True)
-    begin_output(output, record, args.overwrite)
-    if args.keep_token_logprobs:
-        begin_output(side, record, args.overwrite or not done)
-    elif args.overwrite:
-        discard(side)
-    tokens = missing = 0
-    length = lambda pair: len(show_context(pair) if writing_remotely else tokenizer.encode(show_context(pair)))
-    portions, batches = Portions(), batches_by_length(fitting, length, args.batch)
-    work_on = lambda some: list(zip_longest(*score_pairs(model, tokenizer, encoder, judge, some, [found[pair["id"]] for pair in some], [controls[pair["id"]] for pair in some],
-                                                         scorers, args.max_action_tokens, done)))
-    for batch in progress(share(batches), "reconstructing and scoring"):
-        if all(pair["id"] in done for pair in batch):
-            continue
-        if writing_remotely:                                  # no row depends on another's, and none is paid for twice
-            batch = [pair for pair in batch if pair["id"] not in done]
-        scored = portions.run(work_on, batch)
-        rows = [row for row, _ in scored if row]
-        missing += sum(pair["id"] not in done for pair in batch) - len(rows)
-        if args.keep_token_logprobs:                          # first, so that every row of scores.jsonl has its log-probs
-            append_rows(part_of(side), [row for _, row in scored if row and row["id"] not in kept])
-        append_rows(part_of(output), rows)
-        if writing_remotely:
-            continue
-        texts = [text for row in rows for some in (*row["candidates"], row["baseline"], row["control"]) for text in (some.get("trace", ""), some.get("reconstruction", ""))]
-        tokens += sum(map(len, tokenizer([*texts, *(show_context(pair) for pair in batch)]).input_ids))
 
-    order = [pair["id"] for batch in batches for pair in batch]
-    for path in (side, output) if args.keep_token_logprobs else (output,):
-        end_output(path, order)
-    tokens = model.prompt_tokens + model.completion_tokens if writing_remotely else sum(gather([tokens]))
-    leave_to_first()
-    scored = finished_rows(output, record, False, keys, expected)
-    if not missing:
-        some = [pair for pair in fitting[:8] if "judge" in scorers]
-        movement = judge_movement(judge, some, [scored[pair["id"]] for pair in some]) if some else None
-        measured = summarise(list(scored.values()), {name: pair["conversation"] for name, pair in pairs.items()}, movement, left_out)
-        write_text(summary, json.dumps(measured, indent=1) + "\n")
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    started = common.open_run(args)
+    pairs_path, target = args.run / "pairs.jsonl", args.run / common.tagged("scores.jsonl", args.tag)
+    source = args.run / common.tagged("candidates.jsonl", args.tag)
+    following = "python 04_select_sft.py" + (f" --tag {args.tag}" if args.tag else "")
+    if args.tag:
+        args = common.inherit_settings(args, args.run / "scores.jsonl")
+    pairs = common.read_rows(pairs_path, Pair, "01_prepare.py")
+    found = {row.id: row for row in common.read_rows(source, Candidates, "02_sample_candidates.py")}
+    common.check_made_from(source, pairs_path, "02_sample_candidates.py")
+    pairs = [pair for pair in pairs if pair.id in found][:args.limit]
+    if len(pairs) < 2:
+        common.fail(f"{source} has too few pairs: each pair's control is the trace of another pair")
+    prompts = ["reconstruction", "reconstruction_no_trace", "transcript", "transcript_no_trace", "judge"]
+    output = common.Output(target, Scores, common.run_config(args, [pairs_path, source], prompts), args.overwrite)
+    summary, skipped = target.with_suffix(".summary.json"), len(output.rows)
+    if output.has(pairs) and summary.is_file() and not args.show_prompt:
+        print(f"{target} is complete ({skipped} rows)")
+        return common.print_next(args, following)
+    model = common.load_writer(args.model, args)
+    if args.show_prompt:
+        return print(model.show(common.reconstruction_prompt(pairs[0], found[pairs[0].id].candidates[0].trace)))
+    encoder, judge = common.load_encoder(args.encoder), load_judge(args, model)
+    apis = [some for some in {id(some): some for some in (model, judge)}.values() if isinstance(some, common.ApiModel)]
+    work = prepare_work(encoder, pairs, found, args.negatives, args.seed)
+    batches = common.batch_by_length(
+        work, lambda item: model.length(common.reconstruction_prompt(item.pair, None)), args.batch_size)
+    todo, tokens = [batch for batch in batches if not output.has(batch)], 0
+    score = lambda batch: score_pairs(batch, model, encoder, judge, args.scorers.split(","), args.max_action_tokens)
+    for rows in common.run_batches(score, todo, "reconstructing and scoring"):
+        output.append(rows)
+        tokens += sum(some.tokens for row in rows for some in (*row.candidates, row.control)) * (not apis)
+    if output.has(pairs):
+        conversations = {pair.id: pair.conversation for pair in pairs}
+        measured = summarise([output.rows[pair.id] for pair in pairs], conversations)
+        common.write_file(summary, measured.model_dump_json(indent=1) + "\n")
         print_summary(measured)
-    closing_line(args.run, "03_reconstruct_score", len(work), len(scored), len(done), started, tokens, servers)
-    if missing:
-        stop_unanswered(servers, missing, "pairs")
+    common.end_stage(args, "03_reconstruct_score", len(pairs), len(output.rows), skipped, started, tokens, following,
+                     apis)
+    common.fail_unanswered(apis, len(pairs) - len(output.rows), "pairs")
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    common.run_stage(main)
