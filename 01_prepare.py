@@ -288,8 +288,8 @@ class Source:
 
     def __init__(self, name: str, rules: Sequence[str] = (), sha256: str | None = None):
         self.kind, _, self.place = name.partition(":")
-        if self.kind not in SOURCES:
-            fail(f"--source {name}: unknown kind {self.kind!r}; choose from {', '.join(SOURCES)}")
+        if self.kind not in SOURCES or (self.kind != "chitchat" and not self.place):
+            fail(f"--source {name}: choose from {', '.join(SOURCES)}, and say which, as in turns:FILE")
         if self.kind == "convokit":
             self.place = str(corpus_file(self.place))
         self.rules = rules

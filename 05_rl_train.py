@@ -229,7 +229,7 @@ class Policy:
     def measure(self, pair: Pair, completions: Sequence[Completion], others: Sequence[str]) -> list[Measured]:
         """What the rewards are made of, by the frozen base: the adapter is off."""
         if self.args.objective == "recon":
-            traces, actions = [common.trace_of(found) for found in completions], None
+            traces, actions = [common.trace_of(found) for found in completions], ()
             leaks = common.detect_leaks(self.encoder, traces, pair.action, common.format_context(pair))
             faults = [not common.is_well_formed(trace) for trace in traces]
         else:
@@ -239,7 +239,9 @@ class Policy:
             faults = [not tag for _, tag, _ in thoughts]
         with self.local.model.disable_adapter():
             scores, _ = common.likelihood_scores(self.local, pair, traces, others)
-        near = common.cosines(self.encoder, [pair.action] * len(actions), actions) if actions else [0.0] * len(traces)
+        near = [0.0] * len(traces)
+        if self.args.reward == "cosine":
+            near = common.cosines(self.encoder, [pair.action] * len(actions), actions)
         return [Measured(**score, **leak.model_dump(), cosine=cosine, malformed=fault, unfinished=not found.finished,
                          tokens=found.tokens)
                 for score, leak, cosine, fault, found in zip(scores, leaks, near, faults, completions)]
@@ -277,7 +279,7 @@ def validate(policy: Policy, pairs: Sequence[Pair], pool: Sequence[Pair], count:
 
 
 def describe(step: int, seen: dict[str, float], objective: str) -> str:
-    scores = ("contrast", "masked_likelihood", "paraphrase") if objective == "recon" else ("likelihood", "cosine")
+    scores = ("contrast", "masked_likelihood", "paraphrase") if objective == "recon" else ("likelihood",)
     return (f"step {step}, held-out, without fault: " + ", ".join(f"{key} {seen[key]:+.3f}" for key in scores)
             + f"; all: leaks {seen['is_leak']:.0%}, malformed {seen['malformed']:.0%}, at the limit "
               f"{seen['unfinished']:.0%}, {seen['tokens']:.0f} tokens")
@@ -355,9 +357,9 @@ def train(policy: Policy, base: Any, pairs: Sequence[Pair], held_out: Sequence[P
         sampled += sum(row.tokens for row in flat)
         common.write_file(log, "".join(map(common.dump_row, lines)))
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            older = last_checkpoint(folder)
-            common.save_adapter(model, folder / f"step-{step + 1:06}", config, optimizer)
-            if older and common.process_rank() == 0 and older.name != f"step-{step + 1:06}":
+            name = f"step-{step + 1:06}"
+            common.save_adapter(model, folder / name, config, optimizer)
+            for older in [path for path in folder.glob("step-*") if not path.name.startswith(name)]:
                 common.discard(older)
     return sampled
 
@@ -428,8 +430,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         old = common.read_config(target)
         more = old | {"arguments": old["arguments"] | {"steps": args.steps}}
         if old["arguments"].get("steps", 0) < args.steps and not common.first_difference(more, config):
-            common.wait_for_all()
+            common.wait_for_all()                          # all have seen it
             common.discard(target)
+            common.wait_for_all()
     if common.is_made(target, config, args.overwrite) and not args.show_prompt:
         print(f"{target} is complete")
         return common.print_next(args, following)
@@ -440,6 +443,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.overwrite:
         for old in (target, *(args.run / "rl" / args.objective).glob("step-*")):
             common.discard(old)
+        common.wait_for_all()
     tokens = train(policy, local.model, pairs, held_out, common.run_config(args, inputs, prompts, [*ignore, "steps"]))
     common.save_adapter(policy.local.model, target, config)
     common.end_stage(args, "05_rl_train", len(pairs), len(pairs), 0, started, tokens, following)

@@ -122,9 +122,9 @@ def act(local: LocalModel, pairs: Sequence[Pair], thinking: bool, args: argparse
 
 
 def act_all(args: argparse.Namespace, pairs: Sequence[Pair], arms: Sequence[str], load: Callable[[], LocalModel]
-            ) -> tuple[dict[str, dict[str, Prediction]], int]:
-    """(predictions by arm and pair id, how many of them were there already)."""
-    found, there = {}, 0
+            ) -> tuple[dict[str, dict[str, Prediction]], int, int]:
+    """(predictions by arm and pair id, how many of them were there already, tokens in the others)."""
+    found, there, tokens = {}, 0, 0
     for arm in arms:
         folder = args.run / "models" / arm
         inputs = [args.run / "pairs.jsonl", folder / "adapter_model.safetensors"]
@@ -137,9 +137,10 @@ def act_all(args: argparse.Namespace, pairs: Sequence[Pair], arms: Sequence[str]
             user = LocalModel(common.add_adapter(local.model, 0, 0, folder, trainable=False), local.tokenizer)
             for rows in common.run_batches(lambda batch: act(user, batch, arm != "none", args), todo, f"{arm} acts"):
                 output.append(rows)
+                tokens += sum(row.tokens for row in rows)
             local.model = user.model.unload()
         found[arm] = output.rows
-    return found, there
+    return found, there, tokens
 
 
 def reconstructed(rows: Sequence[Scores], rule: str, score: str) -> dict[str, tuple[str | None, str]]:
@@ -517,7 +518,8 @@ def main(argv: list[str] | None = None) -> None:
         return print(load().show(common.user_prompt(pairs[0], thinking=True)))
     tags = [arm.removeprefix("recon-") for arm in arms if arm.startswith("recon-")]
     scores = {tag: read_scores(args, tag, ids) for tag in (None, *tags)}
-    made_of = [source, *(path for tag in scores if (path := args.run / common.tagged("scores.jsonl", tag)).is_file()),
+    names = ("rl.jsonl", *(common.tagged("scores.jsonl", tag) for tag in scores))
+    made_of = [source, *(args.run / name for name in names if (args.run / name).is_file()),
                *(args.run / "models" / arm / "adapter_model.safetensors" for arm in arms)]
     config = common.run_config(args, made_of, ["user_model", "comparison"])
     if report.is_file() and not args.overwrite and target.is_file() and common.read_config(target) == config:
@@ -525,7 +527,7 @@ def main(argv: list[str] | None = None) -> None:
         return print(f"{target} and {report} are complete")
     # Now, as acting takes long and a key may be wrong.
     api = common.ApiModel(args.judge, args) if args.judge.startswith(common.REMOTE) else None
-    predictions, there = act_all(args, pairs, arms, load)
+    predictions, there, tokens = act_all(args, pairs, arms, load)
     if common.process_rank():                              # what is left is work for one
         return
     recon = args.run / "traces" / "recon.jsonl"
@@ -541,10 +543,10 @@ def main(argv: list[str] | None = None) -> None:
     verdicts, comparisons, near, described = [], [], {}, {"actions": {}, "reconstructions": {}}
     for what, texts in written.items():
         some = [pair for pair in pairs if all(pair.id in found for found in texts.values())]
-        if not texts or not some:
+        versus = args.versus if args.versus in texts else "backward"
+        if versus not in texts or not some:
             print(f"no {what} are compared: stage 3 wrote none for held-out pairs")
             continue
-        versus = args.versus if args.versus in texts else "backward"
         rows = judge_pairs(judge, what, some, texts, choose_comparisons(list(texts), versus, args.round_robin))
         statistics = compare_all(rows, some, texts, args.seed)
         near[what] = {arm: common.cosines(encoder, [pair.action for pair in some], [found[pair.id][1] for pair in some])
@@ -562,8 +564,8 @@ def main(argv: list[str] | None = None) -> None:
                  "conversations": len({pair.conversation for pair in pairs})}, "config": config}
     common.write_file(judged, "".join(map(common.dump_row, verdicts)))
     print_results(results)
-    common.end_stage(args, "06_evaluate", len(arms) * len(pairs), len(arms) * len(pairs), there, started, sum(
-        row.tokens for rows in predictions.values() for row in rows.values()), f"open {report}", [api] if api else [])
+    common.end_stage(args, "06_evaluate", len(arms) * len(pairs), len(arms) * len(pairs), there, started, tokens,
+                     f"open {report}", [api] if api else [])
     by_id = {row.id: row for row in scores[None]}
     against = [row for row in verdicts if row.what == "actions" and row.b == args.versus]
     curves = common.read_rows(args.run / "rl.jsonl", rl_train.Step) if (args.run / "rl.jsonl").is_file() else []

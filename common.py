@@ -139,10 +139,16 @@ def fail(message: str) -> NoReturn:
 def first_line(problem: BaseException) -> str:
     return next(iter(str(problem).splitlines()), type(problem).__name__)
 
+def finite_float(text: str) -> float:
+    """For json.loads, which takes NaN, Infinity and 1e999: none of them could be written again."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"the number {text} is not finite")
+    return value
+
 def parse_line(path: Path | str, number: int, line: bytes) -> Any:
     """The JSON value of a line; fails if there is none. A lone surrogate (legal JSON, in no tokenizer) becomes '?'."""
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.decode("utf-8"), parse_float=finite_float, parse_constant=finite_float)
         if b"\\ud" in line.lower():
             value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
         return value
@@ -331,7 +337,9 @@ def check_made_from(output: Path, source: Path, stage: str) -> None:
         fail(f"{output} was made from another {source.name} than the one there is now; run {stage} --overwrite")
 
 def discard(output: Path) -> None:
-    """Remove an output (a file or a folder) and its config."""
+    """Remove an output (a file or a folder) and its config. The first process removes."""
+    if process_rank():
+        return
     shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
     config_path(output).unlink(missing_ok=True)
 
@@ -412,7 +420,8 @@ def end_stage(args: argparse.Namespace, stage: str, rows_in: int, rows_out: int,
 
 def print_next(args: argparse.Namespace, following: str) -> None:
     """Print the command that comes next."""
-    print(f"next: {following}" + ("" if args.run == DEFAULT_RUN else f" --run {args.run}"))
+    run = f" --run {args.run}" if following.startswith("python") and args.run != DEFAULT_RUN else ""
+    print(f"next: {following}{run}")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Processes: `accelerate launch STAGE` starts several. Whole batches are dealt out; the first process writes.

@@ -1,51 +1,80 @@
-"""The whole loop with all arms and controls on the embedded default, evaluated on 100 held-out pairs and more.
+"""The whole loop with all arms and controls, evaluated on 100 held-out pairs and more.
 
-    python benchmarks/evaluation.py                              80 minutes on two cores
-    python benchmarks/evaluation.py --judge embedded             once that is done: the small language model as judge
+    python benchmarks/evaluation.py                         two hours on two cores, with the embedded model
+    python benchmarks/evaluation.py --judge embedded        once that is done: the small language model as judge
+    python benchmarks/evaluation.py --run runs/small --limit 12 --steps 1 --arms none,backward,guarded,recon
+                                                            ten minutes, to see it work
 
-Runs the stages as programs, so it goes on where it was stopped, and prints the table and one JSON object last. The win
-rates are those of results.json: against `backward`, ties as half, 95 % intervals by conversation.
+Runs the stages as programs, so it goes on where it was stopped. Prints the table and one JSON object last: results.json
+without its settings, and the seconds of each stage. Win rates are against `backward`, ties as half, with 95 % intervals
+by conversation.
 """
 
-import argparse
 import json
-import platform
 import subprocess
 import sys
 from pathlib import Path
-
-import torch
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import torch
+
 import common
+from benchmarks import speed
 
-ARMS = "none,backward,recon,shuffled,longest,worst"
-STAGES = [("01_prepare.py", "--limit", "156", "--val-share", "0.06", "--test-share", "0.68"), ("02_sample_candidates.py",), ("03_reconstruct_score.py",),
-          ("04_select_sft.py", "--arms", ARMS), ("05_rl_train.py", "--steps", "8"), ("05_rl_train.py", "--objective", "e2e", "--steps", "8")]
-KEPT = ("n", "wins", "ties", "losses", "win_rate", "ci95", "p", "p_holm", "similarity", "action_logprob", "distinct_actions", "action_words", "trace_words")
+ARMS = "none,backward,guarded,recon,shuffled,longest,worst"
+KEPT = ("arms", "reconstructions", "comparisons", "judge", "versus", "chosen_by", "warnings", "data")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="folder of the run (default: %(default)s)")
-    parser.add_argument("--judge", default="encoder", metavar="NAME", help="as in stage 6 (default: %(default)s)")
-    args = parser.parse_args()
-    for script, *settings in [*STAGES, ("06_evaluate.py", "--traces", "4", "--judge", args.judge)]:
-        subprocess.run([sys.executable, str(ROOT / script), "--run", str(args.run), *settings], check=True)
+def stages(limit: int = 44, val_share: float = 0.1, test_share: float = 0.55,
+           arms: str = "none,backward,guarded,recon", steps: int = 8, num_prompts: int = 2, num_generations: int = 4,
+           acting: tuple[str, ...] = ()) -> list[list[str]]:
+    """The commands of the whole loop, in order; the defaults are those of the stages."""
+    grpo = ["--steps", str(steps), "--num-prompts", str(num_prompts), "--num-generations", str(num_generations)]
+    return [["01_prepare.py", "--limit", str(limit), "--val-share", str(val_share), "--test-share", str(test_share)],
+            ["02_sample_candidates.py"], ["03_reconstruct_score.py"], ["04_select_sft.py", "--arms", arms],
+            ["05_rl_train.py", *grpo], ["02_sample_candidates.py", "--tag", "grpo"],
+            ["03_reconstruct_score.py", "--tag", "grpo"], ["04_select_sft.py", "--tag", "grpo"],
+            ["05_rl_train.py", "--objective", "e2e", *grpo], ["06_evaluate.py", *acting]]
+
+
+def run_program(name: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, str(ROOT / name), *arguments], check=True)
+
+
+def rounded(value: Any) -> Any:
+    """The same with all numbers to four places."""
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = speed.make_parser(
+        __doc__, limit=(156, "pairs in all"), steps=(8, "of GRPO, for each objective"), num_prompts=(2, "a GRPO step"),
+        num_generations=(4, "completions a prompt in GRPO"), num_traces=(4, "traces a held-out pair in stage 6"))
+    add = parser.add_argument
+    add("--run", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="folder of the run")
+    add("--model", default="embedded", metavar="NAME", help="as in the stages")
+    add("--judge", default="encoder", metavar="NAME", help="as in stage 6")
+    add("--arms", default=ARMS, help="as in stage 4")
+    add("--val-share", type=common.fraction, default=0.06, help="as in stage 1")
+    add("--test-share", type=common.fraction, default=0.68, help="as in stage 1")
+    args = parser.parse_args(argv)
+    acting = ("--num-traces", str(args.num_traces), "--judge", args.judge)
+    for command in stages(args.limit, args.val_share, args.test_share, args.arms, args.steps, args.num_prompts,
+                          args.num_generations, acting):
+        run_program(*command, "--run", str(args.run), "--model", args.model)
     results = json.loads((args.run / "results.json").read_text(encoding="utf-8"))
     seconds: dict[str, float] = {}
-    for row in common.read_rows(args.run / "costs.jsonl", ("stage", "seconds")):
-        seconds[row["stage"]] = seconds.get(row["stage"], 0.0) + row["seconds"]
-    rounded = lambda value: round(value, 4) if isinstance(value, float) else [round(end, 4) for end in value] if isinstance(value, list) else value
-    print(json.dumps({
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__, "judge": results["judge"],
-        "data": {key: results["data"][key] for key in ("people", "pairs", "conversations")}, "seconds": seconds,
-        **{what: {arm: {key: rounded(row.get(key)) for key in KEPT if key in row} for arm, row in results[what].items()} for what in ("arms", "reconstructions")},
-        "comparisons": [{key: rounded(value) for key, value in row.items() if key not in ("by_person", "matched")}
-                        | {"matched": {key: rounded(value) for key, value in (row["matched"] or {}).items()}, "by_person": {person: rounded(part["win_rate"]) for person, part in (row["by_person"] or {}).items()}}
-                        for row in results["comparisons"]],
-        "reading": results["reading"]}, indent=1))
+    for row in common.read_rows(args.run / "costs.jsonl", common.Cost):
+        seconds[row.stage] = seconds.get(row.stage, 0.0) + row.seconds
+    print(json.dumps({"machine": speed.machine(), "torch": torch.__version__, "model": args.model, "seconds": seconds,
+                      **{key: rounded(results[key]) for key in KEPT}}))
 
 
 if __name__ == "__main__":

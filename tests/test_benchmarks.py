@@ -1,56 +1,152 @@
-"""Benchmarks that take long on the embedded model do their work on a tiny one: a change of a stage that breaks them shows here."""
+"""The benchmarks on a tiny model: a change of a stage that breaks one shows here, and what they compute is checked."""
 
 import json
-import random
+import os
+from argparse import Namespace
 
+import pytest
 import torch
-from conftest import ROOT, make_pair
+from conftest import ROOT, make_pair, make_run, random_ids, release, run_stages
+from transformers import Qwen3ForCausalLM
 
 import common
-from benchmarks import rl_curve, scoring
+from benchmarks import cost, evaluation, memory, profiling, rl_curve, scoring, speed
 
-WORDS = "garden piano river winter bread letter window doctor holiday brother engine market".split()
-
-
-def some_pairs(split: str, count: int = 8) -> list[dict]:
-    """Pairs of as many conversations."""
-    draw = random.Random(split)
-    return [make_pair(f"{split}{place}", " ".join(draw.sample(WORDS, 6)), split) for place in range(count)]
+SIZES = {"shape": "tiny", "judge": "tiny", "context": 30, "trace": 6, "action": 4, "n": 2, "group": 2, "pairs": 1}
 
 
-@torch.inference_mode()
-def test_planted_traces_are_read_and_counted(tiny, encoder, tmp_path):
-    planted = tmp_path / "planted.jsonl"
-    planted.write_text("".join((ROOT / "tests" / "data" / "planted.jsonl").read_text().splitlines(keepends=True)[:6]))
-    found = scoring.measure_planted(*tiny, encoder, planted)
-    caught = [common.guard_traces(encoder, [item["leak"]], item["action"], common.show_context({"user": "sam", **item}))[0]["stopped"] for item in common.read_rows(planted)]
-    assert found["items"] == 6 and found["scores"].keys() == {*scoring.scoring.SCORERS, "unsaid"} and found["guard"]["leaks_caught"] == sum(caught) / 6 > 0
+def printed(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-@torch.inference_mode()
-def test_every_trace_of_real_pairs_is_compared_with_those_of_another_pair(tiny, encoder):
-    found = scoring.measure_pairs(*tiny, encoder, some_pairs("test"), "tiny")
-    assert (found["pairs"], found["conversations"], found["own_traces"]) == (8, 8, 8 * scoring.N)
-    assert found["auc"].keys() > {*scoring.scoring.SCORERS, "unsaid"}
-    for row in found["auc"].values():
-        assert row["all"]["comparisons"] == 8 * scoring.N**2 and row["all"]["ci95"][0] <= row["all"]["auc"] <= row["all"]["ci95"][1]
+def test_cost_counts_the_calls_that_the_stages_make_and_nothing_else(stage, tmp_path, tiny_folder, capsys):
+    run = make_run(tmp_path, 2, 1, 1)
+    run_stages(stage, run, tiny_folder, "02_sample_candidates --num-samples 2 --max-trace-tokens 4",
+               "03_reconstruct_score --scorers likelihood,embedding,judge --max-action-tokens 4")
+    made = json.loads((run / "scores.summary.json").read_text())["calls"]
+    cost.main(["--pairs", "4", "--num-samples", "2", "--model", str(tiny_folder), "--price", "1", "3", "--steps", "0"])
+    found = printed(capsys)
+    parts = {row["what"]: row for row in found["parts"] if row["stage"] in ("02", "03")}
+    assert made == {what: parts[what]["calls"] for what in made} and found["calls_a_pair"] == 5
+    row = parts["judgements"]
+    assert row["price"] == pytest.approx((row["read"] + 3 * row["written"]) / 1e6, abs=1e-3)
+    assert "price" not in parts["likelihoods"] and {row["stage"] for row in found["parts"]} == {"02", "03", "04", "06"}
 
 
-def test_the_curve_of_a_reward_is_trained_measured_and_gone_on_with(tiny, tmp_path, monkeypatch, capsys):
-    prepare = rl_curve.importlib.import_module("01_prepare")
-    pairs = "".join(common.dump_row(pair) for split in ("train", "val", "test") for pair in some_pairs(split))
-    monkeypatch.setattr(prepare, "main", lambda arguments: (tmp_path / "run").mkdir(exist_ok=True) or (tmp_path / "run" / "pairs.jsonl").write_text(pairs))
-    monkeypatch.setattr(common, "load_model", lambda *_: tiny)
-    monkeypatch.setattr(rl_curve, "STEPS", {"specific": 2})
-    monkeypatch.setattr(rl_curve, "SAMPLES", 5)
-    monkeypatch.setattr("sys.argv", ["rl_curve.py", "--run", str(tmp_path / "run"), "--rewards", "specific", "--picture", str(tmp_path / "curve.png")])
-    results = []
-    for _ in range(2):                                        # the second start finds everything done
-        rl_curve.main()
-        printed = capsys.readouterr().out
-        results.append(json.loads(printed[printed.index('{\n "machine"'):])["held_out"])
-    assert results[0] == results[1] and (tmp_path / "curve.png").is_file()
-    rows = common.read_rows(tmp_path / "run" / "specific" / "measured.jsonl")
-    sampled = [row for row in rows if row["kind"] == "sampled"]
-    assert len(sampled) == 8 * rl_curve.SAMPLES and all(row["specific"] == row["score"] - row["other"] for row in rows)
-    assert results[0]["specific"]["sampled"]["specific"] == round(sum(row["specific"] for row in sampled) / len(sampled), 4)
+def test_cost_knows_how_many_words_a_prompt_has_of_its_own(tiny):
+    pair = make_pair(user=common.hash_of("a user")[:8])
+    for prompt in (common.synthesis_prompt(pair), common.user_prompt(pair, True), common.reconstruction_prompt(pair, "Sam"),
+                   common.with_trace("transcript", "Sam", context="so", setting=common.SETTING)):
+        filled = [text for key, text in prompt.fields.items() if key not in ("user", "setting")]
+        own = tiny.length(prompt) - sum(len(common.encode_data(tiny.tokenizer, text)) for text in filled)
+        assert sum(cost.prompt_words(tiny.tokenizer, prompt.name)) == own, prompt.name
+    assert cost.prompt_words(tiny.tokenizer, "transcript")[1] == len(common.encode_data(tiny.tokenizer, "]\nSam:"))
+
+
+def test_the_computed_cache_is_the_measured_one_however_rows_end(tiny, numbers):
+    head, count = random_ids(numbers, 0, 100), lambda: range(numbers.randint(1, 4))
+    groups = [(head + random_ids(numbers, 1, 100), [random_ids(numbers, 1, 20) for _ in count()]) for _ in count()]
+    suffixes, prefixes = [suffix for _, some in groups for suffix in some], [prefix for prefix, _ in groups]
+    tiny.model.generation_config.eos_token_id = list(range(2, 400, numbers.choice([20, 60, 150])))
+    limit, found = numbers.randint(5, 150), []
+    measured = memory.CacheMeter().measure(lambda: found.extend(
+        common.generate(tiny.model, tiny.tokenizer, groups, limit, range(len(suffixes)), 1.0)))
+    assert measured == memory.cache_peak(
+        2, 2 * 2 * 2 * 8 * 4, max(map(len, prefixes)), len(os.path.commonprefix(prefixes)), len(groups),
+        max(map(len, suffixes)), [one.tokens for one in found], limit)
+
+
+def test_the_cache_is_computed_before_sampling_within_ten_percent(tiny, numbers):
+    tiny.model.generation_config.eos_token_id = list(range(2, 400, 40))                 # as real texts, rows end early
+    head = random_ids(numbers, 200, 200)
+    found = memory.check_cache(tiny, [head + random_ids(numbers, 60, 100) for _ in range(4)], 4, 48)
+    assert 0.9 < found["computed_over_measured"] < 1.1 and found["ended_early"] > 4
+
+
+def test_computed_memory_has_the_shapes_of_a_model_and_its_adapter(monkeypatch):
+    monkeypatch.setitem(memory.SHAPES, "tiny", (64, 128, 2, 16, True, 1000))
+    model = Qwen3ForCausalLM(memory.config_of("tiny")).to(torch.bfloat16).requires_grad_(False)
+    linear = sum(weight.numel() for name, weight in model.model.layers.named_parameters() if "norm" not in name)
+    assert memory.weight_bytes("tiny") == pytest.approx(linear * 0.516 + 2 * (1000 * 64 + 64 * 128), rel=1e-3)
+    layers = model(torch.zeros(1, 1, dtype=torch.long), use_cache=True).past_key_values.layers
+    assert memory.past_bytes("tiny") == sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    adapter = [weight for weight in common.add_adapter(model, memory.RANK, 0).parameters() if weight.requires_grad]
+    sizes, larger = memory.compute(Namespace(**SIZES)), memory.compute(Namespace(**SIZES | {"group": 8}))
+    trained = (sizes["05 rollout"] - sizes["02 sampling"]) * memory.GIB
+    assert trained == pytest.approx(4 * sum(weight.nbytes for weight in adapter))       # gradient and two moments
+    assert {name for name in sizes if larger[name] > sizes[name]} == {"05 rollout", "05 rewards", "05 update"}
+
+
+def test_what_a_gpu_would_measure_runs_and_has_the_stages_that_are_computed(monkeypatch):
+    build = lambda shape: Qwen3ForCausalLM(memory.config_of(shape)).eval().requires_grad_(False)
+    monkeypatch.setitem(memory.SHAPES, "tiny", (16, 16, 1, 8, True, 500))
+    for name, value in (("random_model", build), ("COMPARED", 2), ("VALIDATED", (1, 2)), ("words_of", lambda name: 99)):
+        monkeypatch.setattr(memory, name, value)
+    for name in ("empty_cache", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: memory.GIB)
+    assert list(memory.measure(Namespace(**SIZES))) == list(memory.compute(Namespace(**SIZES)))
+
+
+def test_planted_traces_and_those_of_real_pairs_get_every_score(tiny, encoder, monkeypatch):
+    items = common.read_rows(ROOT / "tests" / "data" / "planted.jsonl", scoring.Planted)[:3]
+    found = scoring.measure_planted(tiny, encoder, items)
+    caught = [common.detect_leaks(encoder, [item.leak], item.action, item.context[0].text)[0].is_leak for item in items]
+    assert found["leak_detector"]["leaks_caught"] == sum(caught) / 3 > 0
+    monkeypatch.setattr(scoring, "N", 2)
+    table = scoring.measure_pairs(tiny, encoder, [make_pair(f"{place}/1", f"we are {place}") for place in range(6)])["auc"]
+    assert {*scoring.scoring.SCORES} == {*found["scores"]} < {*table}
+    assert all(row["all"]["comparisons"] == 24 and row["all"]["ci95"] for row in table.values())
+
+
+def test_what_is_raced_for_speed_computes_the_same(tiny, numbers):
+    args = Namespace(traces=2, new_tokens=3, rounds=1, context=20)
+    sampling = speed.race_sampling(tiny, [random_ids(numbers, 5, 20) for _ in range(3)], args)
+    assert sampling["same_greedy_rows"] == {"generate": 1.0, "generate_batch": 1.0}, sampling
+    assert speed.race_scoring(tiny.model, args, 5)["largest_difference"] < 1e-4
+
+
+def test_the_commands_of_the_whole_loop_are_understood_by_the_stages(stage):
+    for script, *settings in evaluation.stages(acting=("--num-traces", "4", "--judge", "encoder")):
+        assert stage(script.removesuffix(".py")).parse_args(settings)
+
+
+def test_gains_are_of_passing_traces_by_pair_and_what_paraphrase_explains_is_taken_off():
+    def write(shift):
+        """8 pairs of 3 traces, the third of which is a leak. The score is twice the paraphrase."""
+        return [rl_curve.Written(id=f"{p}#{k}", pair=str(p), conversation=str(p), trace="t", second={}, measured={
+            "contrast": 2 * near, "masked_likelihood": near, "paraphrase": near, "is_leak": float(k == 2)} | dict.fromkeys(
+            ("leak", "malformed", "unfinished", "tokens"), 0.0))
+            for p in range(8) for k, near in enumerate([shift, 0.1 + shift, 9.0])]
+    found = rl_curve.summarise(write(0.0), {0: write(0.3), 1: write(0.1)})
+    passing = found["passing"]["contrast"]
+    assert passing["before"] == pytest.approx(0.1) and passing["gain"] == pytest.approx(0.4)
+    assert passing["gain_by_seed"] == pytest.approx({0: 0.6, 1: 0.2}) and passing["ci95"] == pytest.approx([0.4, 0.4])
+    assert passing["gain_at_equal_paraphrase"] == pytest.approx(0.0) and found["all"]["is_leak"]["after"] == 1 / 3
+
+
+def test_every_method_is_trained_and_measured_once(stage, tiny_folder, tmp_path, monkeypatch, capsys):
+    run, started = make_run(tmp_path, val=1), []
+    monkeypatch.setattr(rl_curve, "run_program", lambda script, *arguments: (
+        started.append(script), stage(script.removesuffix(".py")).main(list(arguments)), release()))
+    monkeypatch.setattr(rl_curve.rl_train, "is_faulty", lambda *_: False)               # a random model writes no trace
+    options = ["--run", str(run), "--model", str(tiny_folder), "--second-reader", str(tiny_folder), *(
+        "--steps 1 --num-prompts 2 --num-generations 2 --num-traces 2 --rounds 2 --methods".split())]
+    for methods in ("likelihood", "expert"):               # in two sittings, which add up
+        rl_curve.main([*options, methods])
+    times = lambda: {path: path.stat().st_mtime_ns for path in (run / "measured").iterdir()}
+    found, before = printed(capsys), times()
+    assert set(found["results"]) == {"likelihood", "expert"} and (run / "rl_curve.png").is_file() and len(started) == 2
+    assert found["results"]["expert"]["all"]["contrast, second reader"]["ci95"]
+    rl_curve.main([*options, "likelihood,expert"])
+    assert printed(capsys) == found and times() == before
+
+
+def test_a_profile_counts_operations_by_section(tiny, tiny_folder, tmp_path):
+    run = make_run(tmp_path)
+    found = profiling.profile_stage("02_sample_candidates.py", "--run", str(run), "--model", str(tiny_folder), *(
+        "--dtype float32 --limit 1 --num-samples 2 --max-trace-tokens 1".split()))
+    output = tiny.model.get_output_embeddings().weight.numel()
+    body = tiny.model.num_parameters() - 2 * output        # the other table is looked up
+    prompt = tiny.length(common.synthesis_prompt(common.read_rows(run / "pairs.jsonl", common.Pair)[0]))
+    assert found["operations"] == {"prefill": 2 * body * (prompt - 1 + 2) + 2 * output * (1 + 2)}
+    assert min(found["seconds"][name] for name in ("imports", "loading", "prefill", "rest")) > 0

@@ -1,128 +1,189 @@
-"""The pages, driven in a real browser: the report, and the sheet on which people judge."""
+"""People as judges: the sheet in a real browser, and what their labels say."""
 
 import json
+import shutil
 
 import pytest
-from conftest import make_pair
-from sklearn.metrics import cohen_kappa_score
+from browser import Browser
 
 import common
+from benchmarks import people
+
+HOSTILE = "</script><script>console.error('escaped')</script><img src=x onerror=console.error('escaped')> <!--"
+KEYS = ["a", "b", "t", "a", "b", "b", "a", "t", "a", "b"]
 
 
 @pytest.fixture(scope="module")
-def evaluate(stage):
-    return stage("06_evaluate")
+def browser(tmp_path_factory):
+    if not shutil.which("chromium"):
+        pytest.skip("no chromium on this machine: install that system package to run the browser tests")
+    driven = Browser(tmp_path_factory.mktemp("browser"))
+    yield driven
+    driven.close()
 
 
-HOSTILE = "</script><script>console.error('escaped')</script><img src=x onerror=console.error('escaped')> <!--"
+def write_rows(path, rows):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture()
-def sheet(evaluate, tmp_path):
-    """A run folder with a sheet of ten items over 12 pairs, its pairs, texts and the encoder's kind of judgements."""
-    pairs = [make_pair(f"c{i // 2}/{i}", action=f"what was really said {i}", split="test") for i in range(12)]
-    texts = {arm: {pair["id"]: f"{arm} says {i} {HOSTILE}" for i, pair in enumerate(pairs)} for arm in ("backward", "recon", "none")}
-    items = evaluate.choose_items(pairs, texts, [("recon", "backward"), ("none", "backward")], 10, 3)
-    evaluate.write_sheet(tmp_path, pairs, texts, items)
-    judgements = [{"what": "actions", "id": pair["id"], "a": arm, "b": "backward", "order": "both", "winner": "ab"[i % 2] if i % 5 else "tie"}
-                  for i, pair in enumerate(pairs) for arm in ("recon", "none")]
-    return tmp_path, pairs, texts, items, judgements
+def run(tmp_path):
+    """A run folder: 12 pairs of 6 conversations, three arms, a judge of either order, and a sheet of ten."""
+    names = [f"c{place // 2}/{place}" for place in range(12)]
+    write_rows(tmp_path / "pairs.jsonl", [
+        {"id": name, "user": "ann", "conversation": name[:2], "split": "test", "action": f"what was said {place}",
+         "context": [{"speaker": "bo", "text": f"my garden {HOSTILE}"}, {"speaker": "ann", "text": "oh no"}]}
+        for place, name in enumerate(names)])
+    for arm in ("backward", "recon", "none"):
+        write_rows(tmp_path / "predictions" / f"{arm}.jsonl", [
+            {"id": name, "trace": None, "finished": True, "tokens": 9, "action": f"message {len(arm)}{place} {HOSTILE}",
+             "action_logprob": -1.0} for place, name in enumerate(names)])
+    write_rows(tmp_path / "judgements.jsonl", [
+        {"what": "actions", "pair": name, "a": arm, "b": "backward", "order": order,
+         "winner": "ab"[place % 2 if place % 5 else order == "ba"]}                  # each fifth pair is a tie
+        for place, name in enumerate(names) for arm in ("recon", "none") for order in ("ab", "ba")])
+    people.main(["--run", str(tmp_path), "--sheet", "10"])
+    return tmp_path
 
 
-def test_the_sheet_takes_arms_by_turns_and_shows_neither_arms_nor_order(evaluate, sheet):
-    run, pairs, texts, items, _ = sheet
-    assert sorted(item["a"] for item in items) == ["none"] * 5 + ["recon"] * 5 and len({item["id"] for item in items}) == 10 and {item["first"] for item in items} == {"a", "b"}
-    page = (run / "human.html").read_text(encoding="utf-8")
+def read_key(run):
+    return common.read_rows(run / "human.key.jsonl", people.Item)
+
+
+def write_labels(run, name, choices):
+    path = run / f"{name}.json"
+    labels = dict(enumerate(choices))
+    path.write_text(json.dumps({"sheet": read_key(run)[0].sheet, "rater": name, "labels": labels}))
+    return path
+
+
+def compare(run, *files):
+    return people.compare_people(run, files)
+
+
+def test_the_sheet_takes_arms_by_turns_and_shows_neither_arms_nor_ids(run):
+    key = read_key(run)
+    assert sorted(item.a for item in key) == ["none"] * 5 + ["recon"] * 5 and {item.b for item in key} == {"backward"}
+    assert len({item.pair for item in key}) == 10 and {item.first for item in key} == {"a", "b"}
+    page = (run / "human.html").read_text()
     shown = json.loads(page.split('id="data">')[1].split("</script>")[0])
-    assert shown.keys() == {"sheet", "items"} and all(item.keys() == {"context", "action", "first", "second"} for item in shown["items"])
-    for item, on_page in zip(items, shown["items"]):
-        first = item["a"] if item["first"] == "a" else item["b"]
-        assert on_page["first"] == texts[first][item["id"]]
-    same = {arm: dict.fromkeys(rows, "the same") for arm, rows in texts.items()}
-    assert evaluate.choose_items(pairs, same, [("recon", "backward")], 10, 3) == []
+    assert shown.keys() == {"sheet", "items"}
+    texts = people.read_texts(run)
+    for item, on_page in zip(key, shown["items"]):
+        assert on_page.keys() == {"context", "action", "first", "second"}
+        assert on_page["first"] == texts[item.a if item.first == "a" else item.b][item.pair]
+    assert not any(word in page for word in ("backward", "recon\"", "c1/", "ann"))
 
 
-def test_ten_judgements_by_keyboard_survive_a_reload_and_give_the_right_kappa(evaluate, sheet, browser):
-    run, pairs, texts, items, judgements = sheet
-    keys = ["a", "b", "t", "a", "b", "b", "a", "t", "a", "b"]
+def test_equal_messages_are_not_shown(run, capsys):
+    for arm in ("recon", "none"):
+        shutil.copy(run / "predictions" / "backward.jsonl", run / "predictions" / f"{arm}.jsonl")
+    with pytest.raises(SystemExit) as stop:
+        people.main(["--run", str(run), "--sheet", "10"])
+    assert stop.value.code == 2 and "nothing to judge" in capsys.readouterr().err
+
+
+def test_ten_judgements_by_key_survive_a_reload_and_are_compared_with_the_judge(run, browser, capsys):
+    place = lambda: browser.value("document.getElementById('place').textContent")
     browser.open(run / "human.html")
-    for key in keys[:4]:
+    for key in KEYS[:4]:
         browser.press(key)
-    browser.press("ArrowLeft")                                                     # back to the fourth, changed to B and back to A
-    browser.press("b")
-    browser.press("ArrowLeft")
-    browser.press("a")
+    for key in ("ArrowLeft", "b", "ArrowLeft", "a"):                                 # the fourth, to B and back to A
+        browser.press(key)
     browser.reload()
-    assert "5 of 10, 4 judged" in browser.value("document.getElementById('place').textContent")
-    for key in keys[4:]:
+    assert place() == "5 of 10, 4 judged"
+    for key in KEYS[4:]:
         browser.press(key)
-    browser.call("Runtime.evaluate", expression="document.getElementById('rater').focus()")
-    for key in "tab":                                                               # typed into the name, no judgement
+    browser.value("document.getElementById('rater').focus()")
+    for key in "tab":                                                                # typed into the name: no judgement
         browser.press(key)
-    assert "10 judged" in browser.value("document.getElementById('place').textContent") and browser.value("document.getElementById('rater').value") == "tab"
-    browser.call("Runtime.evaluate", expression="document.getElementById('download').click()", userGesture=True)
+    assert place() == "10 of 10, 10 judged"
+    assert browser.value("document.getElementById('done').checkVisibility()")
+    browser.value("document.getElementById('download').click()")
     for _ in range(100):
-        if found := list(run.glob("recon-*-tab.json")):
+        if found := list(browser.folder.glob("recon-*-tab.json")):
             break
-        browser.call("Runtime.evaluate", expression="new Promise(done => setTimeout(done, 50))", awaitPromise=True)
-    labels = json.loads(found[0].read_text())
-    assert [row["choice"] for row in sorted(labels["labels"], key=lambda row: row["item"])] == [{"a": "A", "b": "B", "t": "tie"}[key] for key in keys]
+        browser.value("new Promise(done => setTimeout(done, 50))")
+    labels = json.loads(found[0].read_text())["labels"]
+    assert labels == {str(item): {"a": "A", "b": "B", "t": "tie"}[key] for item, key in enumerate(KEYS)}
     assert not browser.console
 
-    people = evaluate.compare_people(found, run, judgements, pairs, texts, 0)
-    verdict = {(row["id"], row["a"]): row["winner"] for row in judgements}
-    mine = ["tie" if key == "t" else item["first"] if key == "a" else {"a": "b", "b": "a"}[item["first"]] for key, item in zip(keys, items)]
-    judge = [verdict[item["id"], item["a"]] for item in items]
-    assert people["labels"] == 10 and people["between"] is None
-    assert people["with_judge"]["kappa"] == pytest.approx(cohen_kappa_score(mine, judge))
-    assert people["with_judge"]["agreement"] == pytest.approx(sum(a == b for a, b in zip(mine, judge)) / 10)
-    both = [(a, b) for a, b in zip(mine, judge) if "tie" not in (a, b)]
-    assert people["with_judge_decided"]["n"] == len(both)
+    people.main(["--run", str(run), "--labels", str(found[0])])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    same = 0
+    for item, key in zip(read_key(run), KEYS):
+        pair = int(item.pair.partition("/")[2])
+        judge = "ab"[pair % 2] if pair % 5 else "tie"
+        mine = "tie" if key == "t" else item.first if key == "a" else {"a": "b", "b": "a"}[item.first]
+        same += mine == judge
+    assert result["labels"] == result["with_judge"]["n"] == 10 and result["between_people"] is None
+    assert result["with_judge"]["agreement"] == same / 10
+    low, high = result["with_judge"]["kappa_ci95"]
+    assert low < result["with_judge"]["kappa"] < high
 
 
-@pytest.mark.parametrize("width", [420, 1100])
-def test_hostile_text_stays_text_on_the_sheet_and_nothing_is_wider_than_the_screen(sheet, browser, width):
-    run, *_ = sheet
+@pytest.mark.parametrize("width", [400, 1100])
+def test_hostile_text_stays_text_and_nothing_is_wider_than_the_screen(run, browser, width):
     browser.open(run / "human.html", width)
-    assert "<script>console.error" in browser.value("document.getElementById('first').textContent") and browser.value("document.images.length") == 0
-    assert browser.value("document.documentElement.scrollWidth <= innerWidth")
+    for place in ("first", "second", "turns"):
+        assert HOSTILE in browser.value(f"document.getElementById('{place}').textContent")
+    assert browser.value("document.images.length") == 0
+    assert browser.value("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     assert not browser.console
 
 
-def test_people_are_compared_with_one_another_where_they_judged_the_same(evaluate, sheet, tmp_path):
-    run, pairs, texts, items, judgements = sheet
-    name = common.read_rows(run / "human.key.jsonl")[0]["sheet"]
-    files = []
-    for rater, choices in enumerate((["A", "B", "tie", "A", "B", "A"], ["A", "B", "A", "A", "tie", "B", "B"])):
-        files.append(tmp_path / f"{rater}.json")
-        files[-1].write_text(json.dumps({"sheet": name, "rater": f"rater {rater}", "labels": [{"item": i, "choice": choice} for i, choice in enumerate(choices)]}))
-    people = evaluate.compare_people(files, run, judgements, pairs, texts, 0)
-    assert people["raters"] == 2 and people["labels"] == 13 and people["between"]["n"] == 6 and people["between"]["agreement"] == 0.5
-    assert people["between_decided"]["n"] == 4 and people["between_decided"]["agreement"] == 0.75
+def test_people_are_compared_with_one_another_where_both_judged(run):
+    """Of six labels in common three agree. One says A, B and tie 3, 2 and 1 times, the other 3, 2 and 1 times, so
+    chance agrees in (9 + 4 + 1) / 36 = 7 / 18, and kappa is (1 / 2 - 7 / 18) / (1 - 7 / 18) = 2 / 11."""
+    files = [write_labels(run, "ann", ["A", "B", "tie", "A", "B", "A"]),
+             write_labels(run, "bo", ["A", "B", "A", "A", "tie", "B", "B"])]
+    key = read_key(run)
+    for item in key:
+        item.first = "a"                                                             # A is then the verdict a
+    write_rows(run / "human.key.jsonl", [item.model_dump() for item in key])
+    found = compare(run, *files)
+    assert found["raters"] == 2 and found["labels"] == 13
+    assert found["between_people"]["n"] == 6 and found["between_people"]["agreement"] == 0.5
+    assert found["between_people"]["kappa"] == pytest.approx(2 / 11)
+    assert found["between_people_decided"]["n"] == 4 and found["between_people_decided"]["agreement"] == 0.75
 
 
-def test_labels_on_messages_that_have_changed_since_count_nowhere_and_an_older_sheet_keeps_its_key(evaluate, sheet, tmp_path, capsys):
-    run, pairs, texts, items, judgements = sheet
-    name = common.read_rows(run / "human.key.jsonl")[0]["sheet"]
-    labels = tmp_path / "ann.json"
-    labels.write_text(json.dumps({"sheet": name, "rater": "ann", "labels": [{"item": i, "choice": "A"} for i in range(10)]}))
-    evaluate.write_sheet(run, pairs, texts, items[:4])
-    changed = {**texts, "recon": {name: text + " more" for name, text in texts["recon"].items()}}
-    people = evaluate.compare_people([labels], run, judgements, pairs, changed, 0)
-    assert people["labels"] == 10 and people["outdated"] == 5 and people["with_judge"]["n"] == 5
-    assert evaluate.compare_people([labels], run, [row for row in judgements if row["a"] == "recon"], pairs, texts, 0)["not_judged"] == 5
+def test_two_who_always_say_the_same_one_thing_have_no_kappa(run):
+    found = compare(run, write_labels(run, "ann", ["tie"] * 10), write_labels(run, "bo", ["tie"] * 10))
+    assert found["between_people"]["agreement"] == 1 and found["between_people"]["kappa"] is None
+    json.dumps(found, allow_nan=False)
+
+
+def test_labels_on_changed_messages_and_on_what_was_not_judged_count_nowhere(run, capsys):
+    labels = write_labels(run, "ann", ["A"] * 10)
+    people.main(["--run", str(run), "--sheet", "4"])                                 # an older sheet keeps its key
+    judged = (run / "judgements.jsonl").read_text().splitlines(keepends=True)
+    (run / "judgements.jsonl").write_text("".join(line for line in judged if '"recon"' in line))
+    found = compare(run, labels)
+    assert found["labels"] == 10 and found["not_judged"] == found["with_judge"]["n"] == 5
+    changed = (run / "predictions" / "recon.jsonl").read_text().replace("message", "another")
+    (run / "predictions" / "recon.jsonl").write_text(changed)
+    found = compare(run, labels)
+    assert found["outdated"] == 5 and found["not_judged"] == 5 and found["with_judge"] is None
     with pytest.raises(SystemExit):
-        evaluate.compare_people([labels, labels], run, judgements, pairs, texts, 0)
-    assert "handed in sheet" in capsys.readouterr().err
+        compare(run, labels, labels)
+    assert "twice" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text, words", [("nonsense", "not a file that human.html downloads"), ('{"sheet": "x", "rater": "", "labels": [{"item": 0, "choice": "A"}]}', "not in human.key.jsonl"),
-                                         ('{"sheet": "x", "rater": "", "labels": [{"item": 0, "choice": "C"}]}', "A, B or tie"), ("[]", "not a file"),
-                                         ('{"sheet": "x", "rater": "", "labels": [{"item": [], "choice": "A"}]}', "not a file")])
-def test_a_file_that_holds_no_labels_of_this_sheet_is_named(evaluate, sheet, tmp_path, capsys, text, words):
-    run, pairs, texts, _, judgements = sheet
-    path = tmp_path / "labels.json"
-    path.write_text(text)
-    with pytest.raises(SystemExit):
-        evaluate.compare_people([path], run, judgements, pairs, texts, 0)
-    assert words in capsys.readouterr().err
+@pytest.mark.parametrize("text, words", [
+    ("nonsense", "not a file that human.html downloads"),
+    ("[]", "not a file that human.html downloads"),
+    ('{"sheet": "x", "rater": "", "labels": {"one": "A"}}', "labels.one"),
+    ('{"sheet": "x", "rater": "", "labels": {"0": "C"}}', "'A', 'B' or 'tie'"),
+    ('{"sheet": "x", "rater": "", "labels": {"0": "A"}}', "not in human.key.jsonl"),
+    (None, "cannot read --labels"),
+])
+def test_a_bad_file_of_labels_ends_with_one_message(run, capsys, text, words):
+    path = run / "labels.json"
+    if text:
+        path.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        people.main(["--run", str(run), "--labels", str(path)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.count("\n") == 1 and error.startswith("error: ")

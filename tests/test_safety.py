@@ -1,108 +1,94 @@
-"""What comes from outside is data: no pickle is opened, no code of a model's folder runs, nothing that data names is followed."""
+"""What comes from outside is data: no pickle is opened, no code of a model's folder runs, no name is followed."""
 
+import importlib
 import json
-import pickle
+import os
 import shutil
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import run_stages
 
 import common
 
-
-class Planted:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return open, (str(self.marker), "w")
+PICKLE = b"cbuiltins\nopen\n(S'marker'\nS'w'\ntR."       # writes the file `marker` when it is opened
 
 
-@pytest.mark.parametrize("load", ["model", "encoder"])
-def test_a_model_with_pickled_weights_alone_is_refused_unopened(tiny_folder, tmp_path, capsys, load):
-    folder, marker = tmp_path / "model", tmp_path / "marker"
-    shutil.copytree(tiny_folder, folder)
+@pytest.fixture()
+def folder(tiny_folder, tmp_path, monkeypatch):
+    """A model's folder to spoil; the file `marker` beside it must never come to be."""
+    monkeypatch.chdir(tmp_path)
+    yield shutil.copytree(tiny_folder, tmp_path / "folder")
+    assert not (tmp_path / "marker").exists()
+
+
+LOADERS = {"model": lambda folder: common.load_model(str(folder), False, "float32"), "encoder": common.load_encoder,
+           "tokenizer": lambda folder: common.load_tokenizer(str(folder)),
+           "adapter": lambda folder: common.check_adapter(folder, "tiny")}
+
+
+@pytest.mark.parametrize("role", ["model", "encoder", "adapter"])
+def test_pickled_weights_are_refused_unopened(folder, capsys, role):
     (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Planted(marker)))
+    common.config_path(folder).write_text('{"arguments": {"model": "tiny"}}')        # only an adapter has one
+    (folder / ("adapter_model.bin" if role == "adapter" else "pytorch_model.bin")).write_bytes(PICKLE)
     with pytest.raises(SystemExit) as caught:
-        common.load_model(str(folder), False) if load == "model" else common.load_encoder(str(folder))
+        LOADERS[role](folder)
     message = capsys.readouterr().err
-    assert caught.value.code == 2 and str(folder) in message and "safetensors" in message and message.count("\n") == 1 and not marker.exists()
+    assert caught.value.code == 2 and str(folder) in message and message.count("\n") == 1
 
 
-def test_an_adapter_with_pickled_weights_alone_is_refused_unopened(tiny, tmp_path, capsys):
-    folder, marker = tmp_path / "adapter", tmp_path / "marker"
-    common.save_adapter(common.add_adapter(tiny[0], 4, 0), folder, {"arguments": {"model": "tiny"}})
-    (folder / "adapter_model.safetensors").unlink()
-    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Planted(marker)))
-    for load in (lambda: common.add_adapter(tiny[0], 4, 0, folder), lambda: common.load_adapter(tiny[0], folder, "tiny")):
-        with pytest.raises(SystemExit):
-            load()
-        assert "holds no adapter" in capsys.readouterr().err and not marker.exists()
-
-
-@pytest.mark.parametrize("part", ["model", "tokenizer", "encoder"])
-def test_code_in_a_models_folder_is_not_run_and_not_asked_about(tiny_folder, tmp_path, capsys, monkeypatch, part):
-    folder, marker = tmp_path / "model", tmp_path / "marker"
-    shutil.copytree(tiny_folder, folder)
-    (folder / "planted.py").write_text(f"open({str(marker)!r}, 'w')\n")
-    changed = {"tokenizer": ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["planted.Tokenizer", None]}, "tokenizer_class": "PlantedTokenizer"})}.get(
-        part, ("config.json", {"model_type": "planted", "auto_map": {"AutoConfig": "planted.Config", "AutoModelForCausalLM": "planted.Model", "AutoModel": "planted.Model"}}))
-    path = folder / changed[0]
-    path.write_text(json.dumps(json.loads(path.read_text()) | changed[1]))
+@pytest.mark.parametrize("role", ["model", "tokenizer", "encoder"])
+def test_code_in_a_models_folder_is_not_run_and_nobody_is_asked_about_it(folder, capsys, monkeypatch, role):
+    (folder / "planted.py").write_text("open('marker', 'w')\n")
+    path, auto = folder / "config.json", ("AutoConfig", "AutoModelForCausalLM", "AutoModel")
+    change = {"model_type": "planted", "auto_map": dict.fromkeys(auto, "planted.X")}
+    if role == "tokenizer":
+        path = folder / "tokenizer_config.json"
+        change = {"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["planted.X", None]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked at the keyboard"))
     try:
-        {"model": lambda: common.load_model(str(folder), False), "tokenizer": lambda: common.load_tokenizer(str(folder)), "encoder": lambda: common.load_encoder(str(folder))}[part]()
-        assert part == "tokenizer"                           # tokenizer.json is data: it may be read without the class that is named
-    except SystemExit as stopped:
-        assert stopped.code == 2 and capsys.readouterr().err.count("error: ") == 1
-    assert not marker.exists()
+        LOADERS[role](folder)
+        assert role == "tokenizer"                         # tokenizer.json is data, which needs no such class
+    except SystemExit:
+        assert capsys.readouterr().err.count("error: ") == 1
 
 
-WATCHED = '''
-import importlib, json, os, sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-stages = [importlib.import_module(name) for name in ("01_prepare", "02_sample_candidates", "03_reconstruct_score", "04_select_sft", "05_rl_train", "06_evaluate")]
-import matplotlib.pyplot, peft, scipy.stats
-seen = dict(network=[], programs=[], pickles=[], opened=[], written=[])
-def watch(event, values):
-    if event.startswith("socket.") and event != "socket.gethostname":
-        seen["network"].append(event)
-    elif event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "pty.spawn"):
-        seen["programs"].append(f"{{event}} {{values[0]!r}}")
-    elif event == "pickle.find_class":
-        seen["pickles"].append(".".join(values))
-    elif event == "open":
-        writes = isinstance(values[2], int) and values[2] & (os.O_WRONLY | os.O_RDWR)
-        seen["written" if writes else "opened"].append(os.fsdecode(values[0]) if not isinstance(values[0], int) else "")
-sys.addaudithook(watch)
-for stage, arguments in zip(stages, {arguments!r}):
-    stage.main(arguments)
-print()
-print(json.dumps(seen))
-'''
+WATCHED, BROKEN = [], []                                   # the one folder that may be written to, what broke a rule
 
 
-def test_no_stage_follows_what_data_names_or_opens_a_port_a_program_or_a_pickle(tiny_folder, tmp_path):
-    """All six stages in one program that writes down what it does, on data full of paths, addresses and commands."""
-    run, canary, marker = tmp_path / "run", tmp_path / "canary.txt", tmp_path / "marker"
-    canary.write_text("nobody reads this")
-    bait = f"{canary} file://{canary} http://127.0.0.1:9/x $(touch {marker}) `touch {marker}` {{{{open('{marker}','w')}}}} __import__('os').system('touch {marker}') ![]({canary})"
-    rows = [{"conversation": f"../../../{c}/{canary}", "speaker": (str(canary), "ann")[t % 2], "text": f"turn {t} of {c} {bait}"} for c in range(9) for t in range(4)]
+@sys.addaudithook
+def watch(event: str, values: tuple) -> None:
+    if not WATCHED or event == "socket.gethostname":
+        return
+    if event.startswith(("socket.", "subprocess.", "os.exec", "os.posix_spawn", "os.fork", "pty.")) or event in (
+            "os.system", "pickle.find_class"):
+        BROKEN.append((event, str(values)))
+    elif event == "open" and isinstance(values[0], str | bytes | Path):
+        path, flags = os.path.realpath(os.fsdecode(values[0])), values[2] if isinstance(values[2], int) else 0
+        writes = flags & (os.O_WRONLY | os.O_RDWR) and "__pycache__" not in path
+        if path.endswith("canary") or (writes and not path.startswith((WATCHED[0], "/dev/null"))):
+            BROKEN.append((event, path))
+
+
+def test_no_stage_follows_what_data_names_or_opens_a_port_a_program_or_a_pickle(
+        stage, tiny_folder, tmp_path, monkeypatch):
+    """Data full of paths, addresses and commands."""
+    (tmp_path / "canary").write_text("nobody reads this")
+    bait = "file:canary http://127.0.0.1:9/x $(touch marker) `touch marker` ![](canary) {{open('marker','w')}}"
+    rows = [{"conversation": f"../{c}/canary", "speaker": ("canary", "ann")[t % 2], "text": f"{t} of {c} {bait}"}
+            for c in range(9) for t in range(4)]
     (tmp_path / "turns.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    always = ["--run", str(run), "--model", str(tiny_folder)]
-    arguments = [[*always, "--source", f"turns:{tmp_path / 'turns.jsonl'}", "--user", "ann", "--max-action-tokens", "900", "--max-context-tokens", "900", "--max-context-turns", "1", "--limit", "8"],
-                 [*always, "--n", "2", "--max-trace-tokens", "6"], [*always, "--max-action-tokens", "6", "--scorers", "likelihood,embedding,judge"], [*always, "--epochs", "1", "--rank", "4"],
-                 [*always, "--steps", "1", "--max-new-tokens", "6", "--epochs", "1", "--rank", "4"], [*always, "--max-trace-tokens", "6", "--max-action-tokens", "6", "--judge", str(tiny_folder)]]
-    done = subprocess.run([sys.executable, "-c", WATCHED.format(root=str(ROOT), arguments=arguments)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout.splitlines()[-1])
-    assert not seen["network"] and not seen["programs"] and not seen["pickles"], {key: seen[key][:3] for key in ("network", "programs", "pickles")}
-    assert not [path for path in seen["opened"] + seen["written"] if path.endswith(canary.name)] and not marker.exists()
-    outside = {path for path in seen["written"] if path and not path.startswith((str(run), "/dev/null"))}
-    assert not outside and any(path.endswith("report.html.tmp") for path in seen["written"])
+    monkeypatch.chdir(tmp_path)
+    importlib.import_module("scipy.stats"), importlib.import_module("peft")      # what an import does is not the point
+    monkeypatch.setattr(sys.modules[__name__], "WATCHED", [str(tmp_path / "run")])
+    run_stages(
+        stage, Path("run"), tiny_folder, "01_prepare --source turns:turns.jsonl --user ann --limit 6 --val-share 0.2 "
+        "--test-share 0.3 --max-action-tokens 900 --max-context-tokens 900 --max-context-turns 1",
+        "02_sample_candidates --num-samples 2 --max-trace-tokens 6",
+        "03_reconstruct_score --max-action-tokens 6 --scorers likelihood,embedding,judge",
+        "04_select_sft --epochs 1 --rank 4 --arms backward,recon", "05_rl_train --steps 1 --num-prompts 1 --rank 4",
+        f"06_evaluate --max-trace-tokens 6 --max-action-tokens 6 --judge {tiny_folder}")
+    assert not BROKEN and not (tmp_path / "marker").exists() and (tmp_path / "run" / "report.html").is_file()

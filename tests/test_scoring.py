@@ -1,118 +1,141 @@
-"""Packed log-probs against one row at a time, and the scores made of them."""
+"""Log-probs over a shared prefix against one row at a time, the scores made of them, and the controls of stage 3."""
 
 import pytest
 import torch
-from conftest import make_pair, random_ids
+from conftest import make_pair, make_run, random_ids, run_stages
 
 import common
+from common import Candidate, Candidates, Leak, Scores
 
 
-def slow_logprobs(model, prefix, suffix):
-    """The obvious version: one plain forward for one prefix and one suffix."""
-    logits = model(torch.tensor([prefix + suffix])).logits[0].float()
-    logprobs = logits.log_softmax(-1)
-    return torch.stack([logprobs[len(prefix) + at - 1, token] for at, token in enumerate(suffix)])
+def slow_logprobs(model, before: list[int], leaf: list[int]) -> torch.Tensor:
+    """The obvious version: one plain forward for one row."""
+    logprobs = model(torch.tensor([before + leaf])).logits[0].float().log_softmax(-1)
+    return torch.stack([logprobs[len(before) + at - 1, token] for at, token in enumerate(leaf)])
 
 
-def random_groups(numbers, groups=3):
-    return [(random_ids(numbers, 1, 12), [random_ids(numbers, 1, 9) for _ in range(numbers.randint(1, 4))]) for _ in range(groups)]
+@pytest.mark.parametrize("way", ["plain", "past", "checkpointing", "one row"])
+def test_a_tree_of_tokens_reads_as_its_rows_one_at_a_time_and_so_do_its_gradients(tiny, numbers, way):
+    """A leaf that saw its neighbour, or a wrong position id, would change both."""
+    model, prefix, one = tiny.model.requires_grad_(True), random_ids(numbers, 2, 12), way == "one row"
+    stems = [[]] if one else [random_ids(numbers, 0, 5) for _ in range(numbers.randint(1, 3))]
+    leaves = [[random_ids(numbers, 1, 6) for _ in range(1 if one else numbers.randint(1, 3))] for _ in stems]
+    past = common.read_prefix(model, prefix[:numbers.randrange(1, len(prefix)) if way == "past" else 0])
+    tree = common.shared_prefix_logprobs(model, prefix, stems, leaves, past=past, checkpointing=way == "checkpointing")
+    slow = [[slow_logprobs(model, prefix + stem, leaf) for leaf in some] for stem, some in zip(stems, leaves)]
+    ours, slow = (torch.cat(sum(some, [])) for some in (tree, slow))
+    torch.testing.assert_close(ours, slow, atol=1e-5, rtol=1e-5)
+    names, weights = zip(*model.named_parameters())
+    losses = ((some * torch.linspace(-1, 1, len(some))).sum() for some in (ours, slow))
+    for name, *both in zip(names, *(torch.autograd.grad(loss, weights) for loss in losses)):
+        torch.testing.assert_close(*both, atol=1e-4, rtol=1e-4, msg=name)
 
 
-def test_packed_logprobs_equal_one_row_at_a_time(tiny, numbers):
-    model, _ = tiny
-    groups = random_groups(numbers)
-    with torch.no_grad():
-        for (prefix, suffixes), rows in zip(groups, common.packed_logprobs(model, groups)):
-            for suffix, row in zip(suffixes, rows):
-                torch.testing.assert_close(row, slow_logprobs(model, prefix, suffix), atol=1e-5, rtol=1e-5)
+def test_likelihood_scores_equal_the_differences_of_plain_forwards(tiny):
+    pair, actions = make_pair(setting="A garden."), [make_pair().action, "did you eat yet?", "I hate weeds and work"]
+    traces = ["Ann feels tired.", "Sam wants to help with the weeds, which sounds like fun work."]
+    found, plain = common.likelihood_scores(tiny, pair, traces, actions[1:])
+    context, mask_of = common.format_context(pair), common.credit_mask
+
+    @torch.no_grad()
+    def slow(trace: str | None, action: str) -> torch.Tensor:
+        prompt = common.with_trace("transcript", trace, context=context, setting="A garden.")
+        before = common.encode_prompt(tiny.tokenizer, prompt)
+        return slow_logprobs(tiny.model, before, common.encode_data(tiny.tokenizer, action))
+
+    assert plain == pytest.approx(slow(None, pair.action).mean().item(), abs=1e-4)
+    for trace, scores in zip(traces, found):
+        gains = [slow(trace, action) - slow(None, action) for action in actions]
+        own, one, other = [(gain * torch.tensor(mask_of(tiny.tokenizer, trace, action, context))).mean().item()
+                           for gain, action in zip(gains, actions)]
+        assert scores == pytest.approx({"likelihood": gains[0].mean().item(), "masked_likelihood": own,
+                                        "contrast": own - (one + other) / 2}, abs=1e-4)
+    assert abs(found[1]["likelihood"] - found[1]["masked_likelihood"]) > 1e-3             # "sounds", "like", "work"
 
 
-def test_packed_logprobs_can_leave_out_the_start_of_a_suffix(tiny, numbers):
-    model, _ = tiny
-    groups = [(random_ids(numbers, 2, 9), [random_ids(numbers, 5, 9) for _ in range(3)])]
-    starts = [[0, 2, 4]]
-    with torch.no_grad():
-        whole, part = common.packed_logprobs(model, groups), common.packed_logprobs(model, groups, starts)
-    for start, a, b in zip(starts[0], whole[0], part[0]):
-        torch.testing.assert_close(a[start:], b)
+@pytest.mark.parametrize("trace, action, context, share", [
+    ("A b, c D too", "a b c d e", "", 0.5), ("a b c d e", "a b c d e", "a b c d", 0.5), ("b a c d", "a b c d", "", 0.0),
+    ("Sam says oh yes", "oh yes", "", 1.0), ("Sam says oh and yes", "oh yes", "", 0.0), ("anything", "!!", "", 0.0)])
+def test_ngram_leak_is_the_share_of_quoted_four_grams_that_the_context_does_not_hold(trace, action, context, share):
+    assert common.ngram_leak(trace, action, context) == share
 
 
-def test_packed_gradients_equal_one_row_at_a_time(tiny, numbers):
-    """A suffix that saw its neighbour, or a wrong position id, would change the gradient of the embeddings."""
-    model, _ = tiny
-    model.requires_grad_(True)
-    groups = random_groups(numbers)
-    weights = [[torch.randn(len(suffix)) for suffix in suffixes] for _, suffixes in groups]
-
-    def gradients(loss):
-        model.zero_grad()
-        loss.backward()
-        return {name: weight.grad.clone() for name, weight in model.named_parameters()}
-
-    packed = gradients(sum((w * row).sum() for ws, rows in zip(weights, common.packed_logprobs(model, groups)) for w, row in zip(ws, rows)))
-    slow = gradients(sum((w * slow_logprobs(model, prefix, suffix)).sum() for ws, (prefix, suffixes) in zip(weights, groups) for w, suffix in zip(ws, suffixes)))
-    for name in packed:
-        torch.testing.assert_close(packed[name], slow[name], atol=1e-4, rtol=1e-4, msg=name)
+def test_words_in_other_forms_and_order_overlap_but_not_those_of_the_context_and_not_one_alone():
+    action = "I love hiking but my knee hurts these days"
+    overlap = lambda trace: common.stem_overlap(trace, action, "Alex: how is your knee?")
+    assert overlap("his knee is hurting and he loved the hikes") == 0.75                          # not days
+    assert overlap("the knee is bad") == overlap("Sam loves it") == 0.0
 
 
-def test_reading_the_beginning_of_a_prefix_before_changes_neither_log_probs_nor_gradients(tiny, numbers):
-    model, _ = tiny
-    model.requires_grad_(True)
-    prefix, suffixes = random_ids(numbers, 4, 20), [random_ids(numbers, 1, 6) for _ in range(numbers.choice([1, 3]))]
-    cut = numbers.randrange(1, len(prefix))
-    gradients = []
-    for past in ([], common.read_prefix(model, prefix[:cut])):
-        model.zero_grad()
-        logits, rows = common.packed_logits(model, prefix, suffixes, past=past)
-        (logits.log_softmax(-1)[torch.cat(rows), torch.tensor(sum(suffixes, []))] * torch.arange(1.0, 1 + sum(map(len, suffixes)))).sum().backward()
-        gradients.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
-    for name in gradients[0]:
-        torch.testing.assert_close(gradients[0][name], gradients[1][name], atol=1e-4, rtol=1e-4, msg=name)
-    assert common.read_prefix(model, []) == []
+@pytest.mark.parametrize("trace, action, kept", [
+    ("Sam writes: purple mice dance", "purple mice dance", ""), ("Sam isn’t sad", "The weeds isn't", "Theweeds"),
+    ("the weeds in the garden", "the Garden needs weeds pulled", "theGardenneedspulled")])
+def test_copying_the_action_into_the_trace_earns_nothing_for_its_content_words(tiny, trace, action, kept):
+    mask = common.credit_mask(tiny.tokenizer, trace, action, "my garden")
+    ids = common.encode_data(tiny.tokenizer, action)
+    assert len(mask) == len(ids)
+    credited = "".join(tiny.tokenizer.decode([token]) for token, credit in zip(ids, mask) if credit)
+    assert credited.replace(" ", "") == kept
 
 
-def test_likelihood_score_equals_the_difference_of_plain_forwards(tiny):
-    model, tokenizer = tiny
-    pair, traces = make_pair(), ["Ann feels tired.", "Sam wants to help with the weeds, which sounds like fun."]
-    scores, logprobs = common.likelihood_scores(model, tokenizer, pair, traces)
-    action, context = common.encode_data(tokenizer, pair["action"]), common.show_context(pair)
-    prefix, suffixes = common.reconstruction_prompt(tokenizer, context, [None, *traces], "transcript")
-    with torch.no_grad():
-        slow = torch.stack([slow_logprobs(model, prefix + suffix, action) for suffix in suffixes])
-    torch.testing.assert_close(torch.tensor(logprobs), slow, atol=1e-4, rtol=0)
-    for trace, row, score in zip(traces, slow[1:], scores):
-        credit = torch.tensor(common.unsaid_mask(tokenizer, trace, pair["action"], context))
-        assert score["likelihood"] == pytest.approx((row - slow[0]).mean().item(), abs=1e-4)
-        assert score["unsaid"] == pytest.approx(((row - slow[0]) * credit).sum().item() / len(action), abs=1e-4)
+def test_negatives_are_of_other_conversations_and_never_the_pair_whose_trace_is_the_control():
+    pairs = [make_pair(f"c{number // 2}/{number}", f"action {number}") for number in range(10)]
+    for place, pair in enumerate(pairs):
+        drawn = [common.choose_negatives(pair, pairs, 3, "c4/8", seed) for seed in range(20)]
+        allowed = {f"action {number}" for number in range(10) if number // 2 != place // 2 and number != 8}
+        assert all(len(set(some)) == 3 for some in drawn) and set(sum(drawn, [])) == allowed
+    assert common.choose_negatives(pairs[0], pairs[:2], 3, "") == []
 
 
-def test_leak_share_counts_copied_four_grams_that_the_context_does_not_hold():
-    action = "one two three four five"                                     # two 4-grams
-    assert common.leak_share("he said One two, three FOUR then", action, "") == 0.5
-    assert common.leak_share("one two three four five", action, "") == 1.0
-    assert common.leak_share("one two three four five", action, "one two three four") == 0.5
-    assert common.leak_share("one two three and four five", action, "") == 0.0
+def test_a_control_is_the_first_passing_trace_of_another_conversation_in_the_same_split(stage, monkeypatch):
+    monkeypatch.setattr(common, "detect_leaks", lambda _, traces, *more: [
+        Leak(leak=0.0, paraphrase=0.0, is_leak="leak" in trace) for trace in traces])
+    pairs = {(name := f"{split}{number // 2}/{number}"): make_pair(name, f"action {name}", split)
+             for number in range(6) for split in ("train", "test")}
+    traces = {name: [f"leak {name}", f"fine {name}", "later"] for name in pairs} | {"test0/0": ["leak", "a leak"]}
+    found = {name: Candidates(id=name, candidates=[Candidate(trace=trace, finished=True, tokens=3) for trace in some])
+             for name, some in traces.items()}
+    work = stage("03_reconstruct_score").prepare_work(None, list(pairs.values()), found, 4, 0)
+    assert [item.id for item in work] == list(pairs) and "test0/0" in {item.control[0] for item in work}
+    for item in work:
+        other, peers = pairs[item.control[0]], [pair for pair in pairs.values() if pair.split == item.pair.split]
+        foreign = [pair for pair in peers if pair.conversation != item.pair.conversation]
+        assert other in foreign and item.control[1].trace == traces[other.id][other.id != "test0/0"]
+        assert set(item.negatives) == {pair.action for pair in foreign if pair != other}
 
 
-def test_leak_share_of_a_short_action_takes_it_as_a_whole():
-    assert common.leak_share("Sam says oh yes now", "oh yes", "") == 1.0
-    assert common.leak_share("Sam says oh and yes", "oh yes", "") == 0.0
-    assert common.leak_share("anything", "!!", "") == 0.0
+def test_every_row_of_stage_3_holds_reconstructions_of_its_traces_of_none_and_of_the_control(
+        stage, tmp_path, tiny, tiny_folder):
+    run_stages(stage, make_run(tmp_path, 3, 3, 3), tiny_folder,
+        "02_sample_candidates --num-samples 2 --max-trace-tokens 9", "03_reconstruct_score --max-action-tokens 5")
+    rows = {row.id: row for row in common.read_rows(tmp_path / "scores.jsonl", Scores)}
+    for pair in common.read_rows(tmp_path / "pairs.jsonl", common.Pair):                          # held-out pairs too
+        row = rows.pop(pair.id)
+        for trace, text in [*((some.trace, some.reconstruction) for some in (*row.candidates, row.control)),
+                            (None, row.baseline_reconstruction)]:
+            ((guess,),) = tiny.sample([[common.reconstruction_prompt(pair, trace)]], max_new_tokens=5, stop_text="\n")
+            assert text == common.clean_action(guess.text)
+        assert row.control.scores.keys() == {"likelihood", "masked_likelihood", "contrast", "embedding"}
+        assert row.baseline.keys() == row.control.scores.keys() | {"action_logprob"}
+    assert not rows
 
 
-def test_unsaid_mask_withholds_credit_for_content_words_that_the_trace_gives_away(tiny):
-    _, tokenizer = tiny
-    action, context = "the Garden needs weeds pulled", "Alex: my garden is big"
-    mask = common.unsaid_mask(tokenizer, "the weeds in the garden", action, context)
-    tokens = tokenizer(action, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    withheld = {action[start:end].strip() for (start, end), credit in zip(tokens, mask) if not credit}
-    assert "".join(action[s:e] for (s, e), credit in zip(tokens, mask) if not credit).strip() == "weeds", withheld
-    assert len(mask) == len(common.encode_data(tokenizer, action))
+def test_rank_correlation_is_pearson_on_ranks_within_groups(stage):
+    correlation = stage("03_reconstruct_score").rank_correlation
+    assert correlation([([1, 2], [20, 10]), ([300, 100, 200], [1, 3, 2])]) == pytest.approx(-1)   # levels do not matter
+    assert correlation([([1, 1, 5], [3, 9, 4])]) == pytest.approx(0) and correlation([([1, 1], [1, 2])]) is None
+    assert correlation([([1, 2, 3, 3], [2, 1, 9, 7])]) == pytest.approx(3.5 / (4.5 * 5) ** 0.5)
 
 
-def test_copying_the_action_into_the_trace_earns_nothing_for_its_content_words(tiny):
-    _, tokenizer = tiny
-    action = "purple elephants dance"
-    offsets = tokenizer(action, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    mask = common.unsaid_mask(tokenizer, f"Sam writes: {action}", action, "")
-    assert not any(credit for (start, end), credit in zip(offsets, mask) if action[start:end].strip())
+def test_own_over_control_is_the_share_of_comparisons_won_and_leaves_out_leaks_on_request(stage):
+    def row(name: str, own: list[float | None], other: float, leak: int = 9) -> Scores:
+        made = [{"trace": "x", "finished": True, "tokens": k, "leak": 0.0, "paraphrase": 0.0, "is_leak": k == leak,
+                 "scores": {"s": score}} for k, score in enumerate([*own, other])]
+        return Scores(id=name, candidates=made[:-1], control=made[-1] | {"id": "z"}, baseline={"s": 0.0}, calls={})
+
+    scoring, conversations = stage("03_reconstruct_score"), {"a": "A", "b": "B"}
+    rows = [row("a", [1.0, 2.0, 3.0], 2.0), row("b", [5.0, None, -1.0], 0.0, leak=0)]
+    assert scoring.own_over_control(rows, conversations, "s", False) == (pytest.approx((0 + 0.5 + 1 + 1 + 0) / 5), None)
+    assert scoring.own_over_control(rows, conversations, "s", True)[0] == pytest.approx((0 + 0.5 + 1 + 0) / 4)
+    assert scoring.own_over_control(rows, conversations, "t", False) == (None, None)
+    assert scoring.check_score([row("a", [-1.0, -2.0], 0.0), rows[0]], conversations, "s").no_trace_wins == 0.5

@@ -1,526 +1,387 @@
-"""SFT and GRPO: what the loss covers, what moves and what does not, and resuming."""
+"""SFT and GRPO: which trace an arm takes, what the losses cover, what moves and what does not, and resuming."""
 
-import argparse
-import json
+import importlib
+import math
 import shutil
-import subprocess
-import sys
-import time
+from argparse import Namespace
 
 import pytest
 import torch
-from conftest import ROOT, make_pair, random_ids
-from test_prepare import write_turns
+from conftest import make_pair, make_run, random_ids, release, run_stages
+from safetensors.torch import load_file
 
 import common
+from common import Completion, Control, Scored, Scores
+
+stage = importlib.import_module
+sft, rl = stage("04_select_sft"), stage("05_rl_train")
+SCORE = "masked_likelihood"
 
 
-@pytest.fixture(scope="module")
-def sft(stage):
-    return stage("04_select_sft")
+def make_scores(name, values, leaks=(), control="c/2") -> Scores:
+    candidates = [Scored(trace=f"Sam is {name} {k}.", finished=True, tokens=5 + k, scores={SCORE: value}, leak=leak,
+                         paraphrase=0.1, is_leak=leak > 0)
+                  for k, (value, leak) in enumerate(zip(values, leaks or [0.0] * 9))]
+    return Scores(id=name, candidates=candidates, baseline={SCORE: 0.0}, calls={},
+                  control=Control(**candidates[0].model_dump(), id=control))
 
 
-@pytest.fixture(scope="module")
-def rl(stage):
-    return stage("05_rl_train")
+def write_scores(run, name, rows) -> None:
+    inputs = {"pairs.jsonl": common.file_hash(run / "pairs.jsonl")}
+    common.write_file(run / name, "".join(map(common.dump_row, rows)), {"arguments": {}, "inputs": inputs})
 
 
-def scored_row(scores, leaks=None, name="c/1"):
-    candidates = [{"trace": f"trace {k}", "tokens": 5 + k, "leak": (leaks or [0] * len(scores))[k], "reworded": 0.1, "stopped": bool(leaks and leaks[k]), "scores": {"unsaid": score}} for k, score in enumerate(scores)]
-    return {"id": name, "candidates": candidates, "baseline": {"unsaid": 0.0}}
+def train_ids(run) -> list[str]:
+    return [pair.id for pair in common.read_rows(run / "pairs.jsonl", common.Pair) if pair.split == "train"]
 
 
-def test_each_arm_chooses_its_candidate(sft):
-    row = scored_row([0.1, 0.9, 0.4, -0.2], [0, 0.5, 0, 0])
-    assert {arm: sft.choose_trace(arm, row, "unsaid")["k"] for arm in ("none", "backward", "recon", "longest", "worst")} == {"none": None, "backward": 0, "recon": 2, "longest": 3, "worst": 3}
+def adapted(local):
+    """The model with an adapter that does something (B starts at 0, where A has no gradient), and its weights."""
+    model = common.add_adapter(local.model, 4, 0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    return model, [weight for weight in model.parameters() if weight.requires_grad]
 
 
-def test_a_leaking_trace_is_chosen_only_if_all_leak_and_then_the_least(sft):
-    row = scored_row([0.1, 0.9, 0.4], [0.5, 0.6, 0.2])
-    chosen = sft.choose_trace("recon", row, "unsaid")
-    assert chosen["k"] == 2 and chosen["leak"] == 0.2
+def adapter_of(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
 
 
-def test_candidates_whose_scores_differ_by_rounding_tie_and_the_earlier_one_is_chosen(sft, numbers):
-    """Whatever the rounding: another batch must not turn the choice."""
-    for _ in range(100):
-        row = scored_row([score + numbers.uniform(-5e-6, 5e-6) for score in (-0.3, 0.4, -0.7, 0.4, -0.7)])
-        assert [sft.choose_trace(arm, row, "unsaid")["k"] for arm in ("recon", "worst")] == [1, 2]
-        assert sft.choose_trace("recon", scored_row([-0.3, 0.4, 0.9], [0.2 + numbers.uniform(0, 5e-6), 0.2 + numbers.uniform(0, 5e-6), 0.3]), "unsaid")["k"] == 1
-    assert [sft.choose_trace(arm, scored_row([0.4, 0.401, -0.7, -0.701]), "unsaid")["k"] for arm in ("recon", "worst")] == [1, 3]
+def test_each_arm_chooses_its_candidate_and_a_leak_only_if_all_leak():
+    row = make_scores("c/1", [0.1, 0.9, 0.2, 0.4, -0.2, 0.0], [0.3, 0.5, 0, 0, 0, 0])
+    rows = {"c/1": row, "c/2": make_scores("c/2", [0.1, 0.2, 0.5, 0.3], control="c/1")}
+    chosen = {arm: sft.choose_trace(arm, row, rows, SCORE) for arm in sft.ARMS}
+    assert {arm: choice.k for arm, choice in chosen.items()} == {
+        "none": None, "backward": 0, "guarded": 2, "recon": 3, "shuffled": 2, "longest": 5, "worst": 4}
+    assert (chosen["none"].trace, chosen["recon"].trace) == (None, "Sam is c/1 3.") and chosen["backward"].is_leak
+    assert (chosen["shuffled"].trace, chosen["shuffled"].score) == ("Sam is c/2 2.", 0.5)      # recon's, of the control
+    leaks = make_scores("c/1", [0.1, 0.9, 0.4], [0.5, 0.6, 0.2])
+    assert [sft.choose_candidate(arm, leaks, SCORE) for arm in ("recon", "worst", "backward")] == [2, 2, 0]
 
 
-def test_a_missing_score_is_never_taken_for_zero(sft, capsys):
-    row = scored_row([-0.5, None, -0.7])
-    assert sft.choose_trace("recon", row, "unsaid")["k"] == 0
-    rows = [row, scored_row([None, None], name="c/2")]
-    assert sft.rows_with_score(rows, "unsaid") == rows[:1] and "left out: 1 of 2" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        sft.rows_with_score(rows[1:], "unsaid")
-    assert "03_reconstruct_score.py" in capsys.readouterr().err
+def test_scores_that_differ_by_rounding_tie_and_the_earlier_candidate_is_chosen(numbers):
+    near, choose = (lambda: numbers.uniform(-0.4, 0.4) * sft.TIE_TOLERANCE), sft.choose_candidate
+    for _ in range(50):
+        row = make_scores("c/1", [value + near() for value in (-0.3, 0.4, -0.7, 0.4, -0.7)])
+        assert [choose(arm, row, SCORE) for arm in ("recon", "worst")] == [1, 2]
+        leaks = [0.3 + near(), 0.2 + near(), 0.2 + near()]
+        assert choose("recon", make_scores("c/1", [0.9, 0.3, 0.4], leaks), SCORE) == 2
+    step = 3 * sft.TIE_TOLERANCE
+    row = make_scores("c/1", [0.4, 0.4 + step, -0.7, -0.7 - step])
+    assert [choose(arm, row, SCORE) for arm in ("recon", "worst")] == [1, 3]
 
 
-def test_shuffled_gives_every_pair_a_trace_of_another_conversation(sft):
-    rows = [scored_row([1.0], name=f"c{i // 3}/{i}") for i in range(9)]
-    for i, row in enumerate(rows):
-        row["candidates"][0]["trace"] = f"of {i}"
-    chosen = sft.choose_traces("shuffled", rows, [make_pair(row["id"]) for row in rows], "unsaid", seed=5)
-    assert [row["id"] for row in chosen] == [row["id"] for row in rows]
-    assert all(int(row["trace"].removeprefix("of ")) // 3 != i // 3 for i, row in enumerate(chosen))
+def test_a_missing_score_is_never_taken_for_zero(capsys):
+    """A pair without the score is left out of all arms, and so is one whose control has none."""
+    assert sft.choose_candidate("recon", make_scores("c/1", [-0.5, None, -0.4]), SCORE) == 2
+    rows = [make_scores("c/1", [-0.5, None], control="c/4"), make_scores("c/2", [None, None], control="c/1"),
+            make_scores("c/3", [0.1, 0.2], control="c/2"), make_scores("c/4", [0.1, 0.2], control="c/1")]
+    assert sft.rows_with_score(rows, {row.id: row for row in rows}, SCORE) == [rows[0], rows[3]]
+    assert "left out: 2 of 4" in capsys.readouterr().out
+
+
+def test_all_arms_train_on_the_same_pairs_in_the_same_order(tiny_folder, tmp_path, numbers, monkeypatch, capsys):
+    """That of pairs.jsonl, whatever that of the scores, fitted at once or one by one; a second start fits nothing."""
+    arms, fit = ["none", "recon", "shuffled"], "04_select_sft --rank 4 --epochs 1 --lr 1e-2 --limit 5 --arms"
+    runs = [make_run(tmp_path / name) for name in ("one", "other")]
+    train = train_ids(runs[0])
+    rows = [make_scores(name, [numbers.random(), numbers.random()], control=other)
+            for name, other in zip(train, [*train[1:], train[0]])]
+    write_scores(runs[0], "scores.jsonl", rows)
+    write_scores(runs[1], "scores.jsonl", numbers.sample(rows, len(rows)))
+    run_stages(stage, runs[0], tiny_folder, f"{fit} none,recon,shuffled")
+    run_stages(stage, runs[1], tiny_folder, f"{fit} shuffled", f"{fit} recon,none")
+    files = [[run / "models" / arm / "adapter_model.safetensors" for run in runs] for arm in arms]
+    for arm, (one, other) in zip(arms, files):
+        choices = [common.read_rows(run / "traces" / f"{arm}.jsonl", common.Choice) for run in runs]
+        assert [row.id for row in choices[0]] == train[:5] and choices[0] == choices[1]
+        assert one.read_bytes() == other.read_bytes()
+    assert files[1][0].read_bytes() != files[2][0].read_bytes()
+    monkeypatch.setattr(common, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    run_stages(stage, runs[0], tiny_folder, f"{fit} none,recon,shuffled")
+    assert capsys.readouterr().out.count("is complete") == 3
+
+
+def test_a_tag_takes_the_first_trace_that_passes_and_the_settings_of_the_other_arms(tiny_folder, tmp_path):
+    run = make_run(tmp_path / "run", train=3)
+    for name, leaks in (("scores.jsonl", [0, 0, 0]), ("scores.grpo.jsonl", [0.4, 0, 0])):
+        write_scores(run, name, [make_scores(pair, [0.1, 0.2, 0.3], leaks, "c0/1") for pair in train_ids(run)])
+    run_stages(stage, run, tiny_folder, "04_select_sft --arms backward --rank 3 --epochs 1 --seed 5",
+               "04_select_sft --tag grpo --rank 8 --lr 1e-5")
+    backward, grpo = (common.read_config(run / "models" / arm) for arm in ("backward", "recon-grpo"))
+    assert backward["arguments"] == grpo["arguments"] and grpo["arguments"]["seed"] == 5
+    assert "scores.grpo.jsonl" in grpo["inputs"] and "scores.jsonl" not in grpo["inputs"]
+    assert [row.k for row in common.read_rows(run / "traces" / "recon-grpo.jsonl", common.Choice)] == [1, 1, 1]
+    weights = adapter_of(run / "models" / "recon-grpo").items()
+    assert {weight.shape[0] for name, weight in weights if "lora_A" in name} == {3}
 
 
 @pytest.mark.parametrize("trace", ["Sam feels fine", None])
-def test_the_loss_covers_exactly_trace_action_and_end_token(sft, tiny, trace):
+def test_the_loss_covers_exactly_trace_action_and_end_token(tiny, trace):
     """Against transformers' own loss with labels of -100 on the prompt."""
-    model, tokenizer = tiny
     pair = make_pair()
-    prompt, (completion,) = sft.user_example(tokenizer, pair, trace)
-    text = tokenizer.decode(completion)
-    assert text == ("" if trace is None else f"{trace}\n</think>\n") + pair["action"] + "<|im_end|>"
-    assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n" + ("<think>\n" if trace else ""))
+    prompt, completion = sft.user_example(tiny.tokenizer, pair, trace)
+    thought = "" if trace is None else f"{trace}\n</think>\n"
+    assert tiny.tokenizer.decode(completion) == f"{thought}{pair.action}<|im_end|>"
+    assert tiny.tokenizer.decode(prompt).endswith("<|im_start|>assistant\n" + ("<think>\n" if trace else ""))
     labels = torch.tensor([[-100] * len(prompt) + completion])
-    expected = model(torch.tensor([prompt + completion]), labels=labels).loss
-    torch.testing.assert_close(sft.completion_loss(model, [(prompt, [completion])], len(completion)), expected, atol=1e-5, rtol=1e-5)
+    expected = tiny.model(torch.tensor([prompt + completion]), labels=labels).loss
+    torch.testing.assert_close(sft.completion_loss(tiny.model, (prompt, completion), len(completion)), expected)
 
 
-def weights_of(model):
-    return {name.replace(".base_layer", ""): weight.detach().clone() for name, weight in model.named_parameters() if "lora" not in name}
-
-
-def fit_arguments(**more):
-    return argparse.Namespace(**({"rank": 4, "epochs": 2, "batch": 2, "fit_lr": 1e-2, "seed": 0, "recompute": False, "overwrite": False} | more))
-
-
-def test_sft_moves_the_adapter_lowers_the_loss_and_leaves_the_base_bit_identical(sft, tiny, tmp_path):
-    model, tokenizer = tiny
-    before = weights_of(model)
-    examples = [sft.user_example(tokenizer, make_pair(action=f"number {i} is my answer"), "Sam counts") for i in range(4)]
-    losses, _ = sft.fit_user_model(model, examples, fit_arguments(epochs=10), tmp_path / "arm", {"arguments": {"model": "tiny"}})
-    assert losses[-1] < losses[0] - 0.3
-    after = weights_of(model)
-    assert after.keys() == before.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    adapted = common.load_adapter(model, tmp_path / "arm", "tiny")
-    moved = [weight.abs().max().item() for name, weight in adapted.named_parameters() if "lora_B" in name]
-    assert len(moved) == 14 and min(moved) > 0                              # 7 linear layers in each of 2 blocks; B starts at 0
-    with torch.no_grad():
-        assert sft.completion_loss(adapted, examples[:1], len(examples[0][1][0])).item() < losses[0]
-
-
-def test_an_adapter_of_another_base_is_refused(sft, tiny, tmp_path, capsys):
-    model, tokenizer = tiny
-    sft.fit_user_model(model, [sft.user_example(tokenizer, make_pair(), None)], fit_arguments(epochs=1), tmp_path / "arm", {"arguments": {"model": "tiny"}})
-    with pytest.raises(SystemExit):
-        common.load_adapter(model, tmp_path / "arm", "other")
-    assert "fitted on --model tiny" in capsys.readouterr().err
+def test_fitting_moves_the_adapter_lowers_the_loss_and_leaves_the_base_bit_identical(tiny):
+    before = {name: weight.clone() for name, weight in tiny.model.state_dict().items()}
+    args = Namespace(rank=4, epochs=10, batch_size=2, lr=1e-2, seed=0, checkpointing=False)
+    pairs = [make_pair(action=f"number {i} is my answer") for i in range(4)]
+    examples = [sft.user_example(tiny.tokenizer, pair, "Sam counts") for pair in pairs]
+    model, losses = sft.fit_user_model(tiny.model, examples, args, "recon")
+    assert len(losses) == 20 and losses[-1] < losses[0] - 0.3
+    moved = [weight.abs().max() for name, weight in model.named_parameters() if "lora_B" in name]
+    assert len(moved) == 14 and min(moved) > 0                               # 7 linear layers in each of 2 blocks
+    after = model.unload().state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_gradients_through_a_4_bit_base_equal_those_through_its_dequantised_weights(tiny_folder, numbers):
     """Also after sampling, which on some CPUs makes bitsandbytes repack the weights for a kernel without a backward."""
     from bitsandbytes.functional import dequantize_4bit
-    quantised, tokenizer = common.load_model(str(tiny_folder), True)
-    plain, _ = common.load_model(str(tiny_folder), False)
-    linears = dict(plain.named_modules())
-    layers = [(name, module) for name, module in quantised.named_modules() if type(module).__name__ == "Linear4bit"]
-    assert len(layers) == 14
-    for name, module in layers:
-        linears[name].weight.data = dequantize_4bit(module.weight.data, module.weight.quant_state).to(torch.float32)
-    groups = [(random_ids(numbers, 3, 9), [random_ids(numbers, 1, 7) for _ in range(3)]) for _ in range(2)]
-    common.generate(quantised, tokenizer, groups, 3)
+    quantised, plain = (common.load_model(str(tiny_folder), four_bit, "float32") for four_bit in (True, False))
+    layers = [pair for pair in quantised.model.named_modules() if type(pair[1]).__name__ == "Linear4bit"]
+    for name, layer in layers:
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        plain.model.get_submodule(name).weight.data = weight.float()
+    prompt, completions = random_ids(numbers, 3, 9), [random_ids(numbers, 1, 7) for _ in range(3)]
+    common.generate(quantised.model, quantised.tokenizer, [(prompt, completions)], 3)
     gradients = []
-    for base in (quantised, plain):
-        model = common.add_adapter(base, 4, 0)
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                if "lora_B" in name:                                     # with B at 0 the gradient of A would be 0
-                    weight.copy_(torch.linspace(-0.1, 0.1, weight.numel()).view_as(weight))
-        sum(row.sum() for rows in common.packed_logprobs(model, groups) for row in rows).backward()
-        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad})
-    assert len(gradients[0]) == 28 and gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-4, rtol=1e-4, msg=name)
+    for local in (quantised, plain):
+        model, weights = adapted(local)
+        torch.cat(common.shared_prefix_logprobs(model, prompt, [[]], [completions])[0]).sum().backward()
+        gradients.append([weight.grad for weight in weights])
+    assert len(layers) == 14 and len(gradients[0]) == 28
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
 
 
-def test_advantages_equal_the_obvious_formula(rl, numbers):
-    for _ in range(20):
-        rewards = [numbers.gauss(0, 2) for _ in range(numbers.randint(2, 8))]
-        values = torch.tensor(rewards, dtype=torch.float64)
-        assert rl.group_advantages(rewards, False) == pytest.approx((values - values.mean()).tolist())
-        assert rl.group_advantages(rewards, True) == pytest.approx(((values - values.mean()) / (values.std() + 1e-4)).tolist())
-    assert rl.group_advantages([0.3, 0.3, 0.3], True) == [0.0, 0.0, 0.0]
-
-
-def test_the_policy_gradient_equals_weighted_log_probs_one_row_at_a_time(rl, tiny, numbers):
-    model, _ = tiny
-    model.requires_grad_(True)
-    shared = random_ids(numbers, 2, 9)                                                 # what all prompts open with
-    groups = [(shared + random_ids(numbers, 1, 9), [random_ids(numbers, 1, 7) for _ in range(numbers.randint(1, 4))]) for _ in range(3)]
-    advantages = [[numbers.gauss(0, 1) for _ in completions] for _, completions in groups]
-    row = rl.update(model, Still(model), groups, advantages, grpo_arguments(temperature=0.9))
-    packed = {name: weight.grad.clone() for name, weight in model.named_parameters()}
-    model.zero_grad()
-    total = sum(len(ids) for _, completions in groups for ids in completions)
-    entropy = 0.0
-    for (prompt, completions), some in zip(groups, advantages):
-        for advantage, ids in zip(some, completions):
-            logprobs = (model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1] / 0.9).log_softmax(-1)
-            (-advantage * logprobs[range(len(ids)), ids].sum() / total).backward()
-            entropy -= (logprobs.exp() * logprobs).sum().item() / total
-    norm = torch.stack([weight.grad.norm() for weight in model.parameters()]).norm().item()
-    assert row["grad_norm"] == pytest.approx(norm, rel=1e-4) and row["entropy"] == pytest.approx(entropy, rel=1e-4)
-    for name, weight in model.named_parameters():
-        torch.testing.assert_close(packed[name] * max(1.0, norm), weight.grad, atol=1e-5, rtol=1e-4, msg=name)
-
-
-class Still:
-    """An optimizer that moves nothing and keeps the (clipped) gradients."""
-
-    def __init__(self, model):
-        self.param_groups = [{"params": list(model.parameters())}]
-
-    def step(self):
-        pass
-
-    zero_grad = step
-
-
-@pytest.mark.parametrize("suffixes", [1, 3])
-def test_recomputed_layers_give_the_same_log_probs_and_gradients_and_keep_less_memory(tiny, numbers, suffixes):
-    model, _ = tiny
-    adapted = common.add_adapter(model, 4, 0)
-    weights = [weight for name, weight in adapted.named_parameters() if weight.requires_grad and "lora_B" in name]
-    for weight in weights:
-        torch.nn.init.normal_(weight, std=0.1)
-    groups = [(random_ids(numbers, 30, 40), [random_ids(numbers, 5, 9) for _ in range(suffixes)]) for _ in range(2)]
-    found, kept = {}, {}
-    for recompute in (False, True):
+def test_checkpointed_activations_give_the_same_gradients_and_keep_less(tiny, numbers):
+    model, weights = adapted(tiny)
+    example, kept, gradients = (random_ids(numbers, 30, 40), random_ids(numbers, 5, 9)), [], []
+    for checkpointing in (False, True):
         held = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: held.append(tensor.numel()) or tensor, lambda tensor: tensor):
-            logprobs = torch.cat([part for parts in common.packed_logprobs(adapted, groups, recompute=recompute) for part in parts])
-        kept[recompute] = sum(held)
-        logprobs.mul(torch.linspace(-1, 1, len(logprobs))).sum().backward()
-        found[recompute] = [logprobs.detach(), *(weight.grad.clone() for weight in weights)]
-        adapted.zero_grad()
-    for one, other in zip(found[False], found[True]):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
-    assert kept[True] < 0.5 * kept[False] and all("forward" not in vars(layer) for layer in model.model.layers)
+        keep = lambda tensor: held.append(tensor.numel()) or tensor
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = sft.completion_loss(model, example, 3, checkpointing)
+        gradients.append(torch.autograd.grad(loss, weights))
+        kept.append(sum(held))
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_advantages_are_against_the_honest_mean_and_never_reward_a_fault(numbers):
+    assert rl.group_advantages([0.2, 3.0, -0.1], [False, True, False]) == pytest.approx([0.15, -0.05, -0.15])
+    assert rl.group_advantages([9.0, 0.1, 0.1], [False, True, False]) == pytest.approx([0.6, -0.6, -0.6])
+    assert rl.group_advantages([1.0, -1.0], [True, True]) == [0.0, 0.0]
+    for _ in range(50):
+        rewards = torch.tensor([numbers.gauss(0, 0.5) for _ in range(numbers.randint(2, 8))])
+        faulty = torch.tensor([False, *(numbers.random() < 0.4 for _ in rewards[1:])])
+        gaps = rewards - rewards[~faulty].mean()
+        found = torch.tensor(rl.group_advantages(rewards.tolist(), faulty.tolist()))
+        expected = torch.where(faulty, gaps.clamp(max=0) - rl.FAULT_MARGIN, gaps).clamp(-0.6, 0.6)
+        torch.testing.assert_close(found, expected)
+        assert (found[faulty] <= -rl.FAULT_MARGIN).all()
+
+
+@pytest.mark.parametrize("objective, reward, expected, strict", [
+    ("recon", "contrast", 0.4 - 0.02 - 0.05, True), ("recon", "likelihood", 0.7 - 0.05, False),
+    ("e2e", "likelihood", 0.7 - 0.05, True), ("e2e", "cosine", 0.3, True)])
+def test_the_reward_and_the_faults_are_those_of_its_name(objective, reward, expected, strict):
+    args = Namespace(objective=objective, reward=reward, paraphrase_weight=0.1, limit_cost=0.05)
+    seen = rl.Measured(likelihood=0.7, contrast=0.4, cosine=0.3, leak=0.5, paraphrase=0.2, unfinished=True)
+    assert rl.reward_of(seen, args) == pytest.approx(expected) and not rl.is_faulty(seen, args)
+    assert rl.is_faulty(rl.Measured(is_leak=True), args) == rl.is_faulty(rl.Measured(malformed=True), args) == strict
+
+
+def test_rewards_are_measured_by_the_frozen_base_whatever_the_adapter_has_learnt(tiny, tiny_folder, encoder):
+    pair, others = make_pair(), ["nobody knows what a ticket to rome costs"]
+    traces = ["Sam feels tired of the weeds.", "it is a lot of work to me"]
+    plain, _ = common.likelihood_scores(common.load_model(str(tiny_folder), False, "float32"), pair, traces, others)
+    tiny.model, _ = adapted(tiny)
+    policy = rl.Policy(tiny, encoder, Namespace(objective="recon", reward="contrast"))
+    cut = Completion(f"{traces[0]} Sam wants", False, 9, [])                 # to whole sentences
+    rows = policy.measure(pair, [cut, Completion(traces[1], True, 7, [])], others)
+    for row, expected in zip(rows, plain):
+        assert {key: getattr(row, key) for key in expected} == pytest.approx(expected, abs=1e-5)
+    assert [(row.is_leak, row.malformed, row.unfinished, row.tokens) for row in rows] == [
+        (False, False, True, 9), (True, True, False, 7)]
+    policy.args = Namespace(objective="e2e", reward="cosine")
+    told = [f"{traces[0]}\n</think>\nSam: {pair.action}", f"{traces[1]}\n</think>\nno", traces[1]]
+    rows = policy.measure(pair, [Completion(text, True, 5, []) for text in told], others)
+    assert [row.likelihood for row in rows] == pytest.approx([plain[k]["likelihood"] for k in (0, 1, 1)], abs=1e-5)
+    assert [row.malformed for row in rows] == [False, False, True] and not any(row.is_leak for row in rows)
+    assert rows[0].cosine == pytest.approx(1) and rows[1].cosine < 0.7 and rows[2].cosine == -1
+
+
+@pytest.mark.parametrize("text, kept", [("Sam is tired. Sam wants", "Sam is tired."), ("Sam is tired", "Sam is tired"),
+                                        (" Is Sam tired? Sam is! Sam", "Is Sam tired? Sam is!")])
+def test_the_tokens_behind_the_last_whole_sentence_are_not_credited(tiny, text, kept):
+    ids, decode = tiny.tokenizer.encode(text), lambda ids: tiny.tokenizer.decode(ids).strip()
+    completion = Completion(text.strip(), False, len(ids), ids)
+    found = rl.credited_tokens(tiny.tokenizer, completion, cut=True)
+    assert ids[:len(found)] == found and decode(found) == kept and decode(found[:-1]) != kept
+    assert rl.credited_tokens(tiny.tokenizer, completion, cut=False) == ids
+    ended = Completion(text.strip(), True, len(ids), ids, end=1)             # the policy chose to end there
+    assert rl.credited_tokens(tiny.tokenizer, ended, cut=True) == [*ids, 1]
+
+
+def slow_logprobs(model, prompt, ids, args):
+    """log p and entropy by the definition of min-p: token by token, the one that was sampled always kept."""
+    found = []
+    for at, token in enumerate(ids):
+        chances = (model(torch.tensor([prompt + ids[:at]])).logits[0, -1] / args.temperature).softmax(-1)
+        allowed = chances >= args.min_p * chances.max()
+        allowed[token] = True
+        kept = chances[allowed] / chances[allowed].sum()
+        found.append(((chances[token] / chances[allowed].sum()).log(), -(kept * kept.log()).sum()))
+    return map(torch.stack, zip(*found))
 
 
 def grpo_arguments(**more):
-    return argparse.Namespace(**({"temperature": 1.0, "updates": 1, "clip": 0.2, "kl": 0.0, "recompute": False} | more))
+    settings = {"temperature": 0.8, "min_p": 0.1, "num_iterations": 1, "clip": 0.2, "checkpointing": False}
+    return Namespace(**(settings | more))
 
 
-def test_the_loss_clips_the_ratio_only_where_that_lowers_the_objective_and_adds_the_divergence(rl, numbers):
-    tensors = [torch.randn(30, generator=torch.Generator().manual_seed(numbers.randrange(2**31))) * scale for scale in (0.4, 0.4, 0.4, 1.0)]
-    logprobs, old, reference, advantages = tensors
-    found = rl.policy_loss(logprobs, old, reference, advantages, 0.2, 0.3)
-    for p, q, r, a, value in zip(*(tensor.tolist() for tensor in (*tensors, found))):
-        ratio = torch.tensor(p - q).exp().item()
-        objective = min(ratio * a, min(max(ratio, 0.8), 1.2) * a)
-        divergence = torch.tensor(r - p).exp().item() - (r - p) - 1
-        assert value == pytest.approx(-objective + 0.3 * ratio * divergence, abs=1e-5) and divergence >= 0
-    torch.testing.assert_close(rl.policy_loss(logprobs, old, None, advantages, 0.2, 0.3), rl.policy_loss(logprobs, old, None, advantages, 0.2, 0.0))
+@pytest.mark.parametrize("min_p", [0.0, 0.1, 0.3])
+def test_log_probs_of_the_policy_equal_a_slow_version_of_min_p_with_gradients(tiny, numbers, min_p):
+    model, weights = adapted(tiny)
+    prompt, completions = random_ids(numbers, 3, 9), [random_ids(numbers, 1, 6) for _ in range(3)]
+    args, found = grpo_arguments(min_p=min_p), []
+    slow = [torch.cat(parts) for parts in zip(*(slow_logprobs(model, prompt, ids, args) for ids in completions))]
+    for logprobs, entropy in (slow, rl.policy_logprobs(model, prompt, completions, args)):
+        weighted = logprobs * torch.linspace(-1, 1, len(logprobs))
+        found.append([logprobs, entropy, *torch.autograd.grad(weighted.sum(), weights)])
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 
 
-def test_several_updates_move_further_and_the_divergence_holds_them_back(rl, tiny_folder, numbers):
-    """Also: the reference is the policy before training, and the first of several updates equals a single one."""
-    groups = [(random_ids(numbers, 3, 9), [random_ids(numbers, 2, 6) for _ in range(3)]) for _ in range(2)]
-    advantages = [[1.0, -0.5, -0.5], [0.3, -0.6, 0.3]]
-    moved, away = {}, {}
-    for name, more in (("one", {}), ("four", {"updates": 4}), ("held", {"updates": 4, "kl": 1.0})):
-        model, _ = common.load_model(str(tiny_folder), False)
-        adapted = common.add_adapter(model, 4, 0)
-        optimizer = torch.optim.AdamW([weight for weight in adapted.parameters() if weight.requires_grad], lr=1e-2, weight_decay=0.0)
-        row = rl.update(adapted, optimizer, groups, advantages, grpo_arguments(**more))
-        moved[name] = row["adapter_change"]
-        assert (row["kl"] is None) == (name != "held") and 0 <= row["clipped"] <= 1
-        with torch.no_grad(), rl.reference_policy(adapted):
-            base = rl.policy_logprobs(adapted, groups[0], 1.0)[0]
-        with torch.no_grad():
-            gap = base - rl.policy_logprobs(adapted, groups[0], 1.0)[0]
-        away[name] = (gap.exp() - gap - 1).mean().item()
-        adapted.unload()
-        torch.testing.assert_close(base, torch.cat(common.packed_logprobs(model, groups[:1])[0]).detach(), atol=1e-5, rtol=0)
-    assert moved["four"] > 1.5 * moved["one"] and away["held"] < away["four"]
+@pytest.mark.parametrize("more", [{}, {"checkpointing": True}, {"num_iterations": 2}])
+def test_an_update_equals_weighted_log_probs_one_row_at_a_time(tiny_folder, numbers, more):
+    """With a group that compares nothing, whose tokens count in the mean; the second iteration is clipped."""
+    args, shared, moved = grpo_arguments(**more), random_ids(numbers, 2, 9), []
+    groups = [rl.Group(shared + random_ids(numbers, 1, 9), [random_ids(numbers, 1, 5) for _ in advantages], advantages)
+              for advantages in ([0.5, -0.3, -0.2], [0.0, 0.0], [numbers.uniform(0.1, 0.6)])]
+    rows = [(group.prompt, *pair) for group in groups for pair in zip(group.completions, group.advantages)]
+    total = sum(len(ids) for _, ids, _ in rows)
+    for slow in (False, True):
+        model, weights = adapted(common.load_model(str(tiny_folder), False, "float32"))
+        optimizer, olds = torch.optim.SGD(weights, lr=2.0), {}
+        if not slow:
+            seen = rl.update(model, optimizer, groups, args)
+        for _ in range(args.num_iterations if slow else 0):
+            loss = entropy = 0.0
+            for place, (prompt, ids, advantage) in enumerate(rows):
+                logprobs, spread = slow_logprobs(model, prompt, ids, args)
+                for ratio in (logprobs - olds.setdefault(place, logprobs.detach())).exp():
+                    loss = loss - min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage) / total
+                entropy += spread.sum().item() / total * (advantage != 0)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
+            optimizer.step()
+            optimizer.zero_grad()
+        moved.append([weight.detach().clone() for weight in weights])
+    assert (seen.pop("clipped") > 0) == (args.num_iterations > 1)
+    expected = {"idle_groups": 1 / 3, "loss": loss.item(), "entropy": entropy, "grad_norm": norm}
+    assert seen == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    torch.testing.assert_close(*moved, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("poison", ["loss", "gradient"])
-def test_a_loss_or_gradient_that_is_not_finite_moves_nothing_and_is_reported(rl, tiny, numbers, poison, monkeypatch):
-    model, _ = tiny
-    adapted = common.add_adapter(model, 4, 0)
-    weights = [weight for weight in adapted.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=1e-2)
-    before = [weight.detach().clone() for weight in weights]
-    groups = [(random_ids(numbers, 3, 9), [random_ids(numbers, 2, 6) for _ in range(3)])]
-    if poison == "loss":
-        loss = rl.policy_loss
-        monkeypatch.setattr(rl, "policy_loss", lambda *args: loss(*args) * float("inf"))
-    else:
-        weights[0].register_hook(lambda grad: grad * float("nan"))
-    row = rl.update(adapted, optimizer, groups, [[1.0, -0.5, -0.5]], grpo_arguments())
-    assert row["nonfinite"] and row["adapter_change"] == 0 and all(torch.equal(a, b) for a, b in zip(before, weights))
-    assert not optimizer.state and all(weight.grad is None for weight in weights)
-    json.dumps(row, allow_nan=False)
+def test_the_ratio_is_clipped_only_where_that_lowers_the_objective():
+    """Good tokens gain nothing above 1.2, bad ones nothing below 0.8, and what went wrong counts in full."""
+    logprobs = torch.tensor([1.5, 0.5, 1.5, 0.5, 1.1]).log().requires_grad_()
+    loss = rl.policy_loss(logprobs, torch.zeros(5), torch.tensor([1.0, 1.0, -1.0, -1.0, 2.0]), 0.2)
+    assert loss.tolist() == pytest.approx([-1.2, -0.5, 1.5, 0.8, -2.2])
+    loss.sum().backward()
+    assert logprobs.grad.tolist() == pytest.approx([0.0, -0.5, 1.5, 0.0, -2.2])
 
 
-def test_a_leaking_trace_never_earns_as_much_as_the_average_honest_one_of_its_group(rl, numbers):
-    for _ in range(20):
-        scores = [numbers.gauss(0, 1) for _ in range(6)]
-        leaks = [numbers.choice([0.0, numbers.uniform(0.01, 1)]) for _ in range(6)]
-        rewards = rl.gate(scores, leaks, 2.0)
-        honest = [reward for reward, leak in zip(rewards, leaks) if leak == 0]
-        leaking = [(reward, score, leak) for reward, score, leak in zip(rewards, scores, leaks) if leak > 0]
-        assert honest == [score for score, leak in zip(scores, leaks) if leak == 0]
-        assert all(reward < score and reward <= sum(honest) / max(len(honest), 1) - 2.0 * leak + 1e-9 for reward, score, leak in leaking)
+def test_nothing_moves_without_a_comparison_or_with_a_gradient_that_is_not_finite(tiny, numbers, capsys):
+    """The latter stops with one message."""
+    model, weights = adapted(tiny)
+    before, optimizer = [weight.detach().clone() for weight in weights], torch.optim.AdamW(weights, lr=1e-2)
+    group = rl.Group(random_ids(numbers, 3, 9), [random_ids(numbers, 2, 6) for _ in range(2)], [0.0, 0.0])
+    assert rl.update(model, optimizer, [group], grpo_arguments())["idle_groups"] == 1
+    weights[0].register_hook(lambda grad: grad * math.nan)
+    group.advantages = [0.5, -0.5]
+    with pytest.raises(SystemExit):
+        rl.update(model, optimizer, [group], grpo_arguments())
+    assert all(map(torch.equal, before, weights)) and capsys.readouterr().err.count("\n") == 1
 
 
-def rl_arguments(run, tiny_folder, *more):
-    return ["--run", str(run), "--model", str(tiny_folder), "--max-new-tokens", "8", "--rank", "4", "--epochs", "1", "--retries", "1",
-            "--prompts", "2", "--group", "3", "--val-every", "2", "--save-every", "2", "--lr", "1e-2", "--reward", "likelihood", *more]
+TRAIN = "05_rl_train --rank 4 --num-prompts 2 --num-generations 3 --val-every 2 --save-every 2"
 
 
 @pytest.fixture()
-def prepared(stage, tmp_path, tiny_folder):
-    write_turns(tmp_path / "turns.jsonl", conversations=12, turns=6)
-    run = tmp_path / "run"
-    stage("01_prepare").main(["--run", str(run), "--model", str(tiny_folder), "--source", f"turns:{tmp_path / 'turns.jsonl'}", "--max-action-tokens", "200", "--user", "ann", "--limit", "30"])
+def prepared(tmp_path, encoder, monkeypatch):
+    monkeypatch.setattr(common, "load_encoder", lambda name: encoder)
+    monkeypatch.setitem(common.PROMPTS, "synthesis", common.PROMPTS["synthesis"][::9])          # without its examples
+    run = make_run(tmp_path / "run", train=5, val=1, test=0)
+    common.write_file(run / "candidates.jsonl", "", {
+        "arguments": {"temperature": 0.9, "min_p": 0.2, "max_trace_tokens": 7}, "inputs": {}})
     return run
 
 
-def adapter_of(folder):
-    from safetensors.torch import load_file
-    return load_file(folder / "adapter_model.safetensors")
+def logged(run):
+    return [row.model_dump(exclude={"seconds"}) for row in common.read_rows(run / "rl.jsonl", rl.Step)]
 
 
-def test_one_grpo_step_moves_the_adapter_and_leaves_the_base_bit_identical(rl, prepared, tiny, tiny_folder, tmp_path):
-    before = {name: weight.clone() for name, weight in weights_of(tiny[0]).items()}
-    loaded, keep = common.load_model, {}
-    rl.load_model = lambda *args: keep.setdefault("model", loaded(*args))
-    try:
-        rl.main(rl_arguments(prepared, tiny_folder, "--steps", "1"))
-    finally:
-        rl.load_model = loaded
-    after = weights_of(keep["model"][0])
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert max(weight.abs().max() for name, weight in adapter_of(prepared / "models" / "synthesizer").items() if "lora_B" in name) > 0
-    step = common.read_rows(prepared / "rl.jsonl")[0]
-    assert step["adapter_change"] > 0 and step["grad_norm"] > 0 and step["zero_variance"] == 0
-    assert (prepared / "models" / "recon-grpo" / "made.json").is_file()
-    pairs = common.read_rows(prepared / "pairs.jsonl")
-    assert {row["id"] for row in common.read_rows(prepared / "traces" / "recon-grpo.jsonl")} == {pair["id"] for pair in pairs if pair["split"] == "train"}
+def test_training_stopped_at_any_step_or_told_to_go_on_ends_like_an_undisturbed_run(
+        prepared, tiny_folder, tmp_path, monkeypatch, numbers, capsys):
+    """And it samples as stage 2 did, whatever its own options say, with new noise each step but in validation."""
+    update, sample, calls, options, noise, stop = rl.update, common.LocalModel.sample, [], set(), set(), [math.inf]
+    train = f"{TRAIN} --reward likelihood --lr 1e-2 --steps"                 # this reward sees no faults
 
-
-def without_times(rows):
-    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
-
-
-def test_grpo_stopped_between_checkpoints_ends_like_an_undisturbed_run(rl, prepared, tiny_folder, tmp_path, monkeypatch):
-    whole = tmp_path / "whole"
-    shutil.copytree(prepared, whole)
-    rl.main(rl_arguments(whole, tiny_folder, "--steps", "5"))
-    update, calls = rl.update, []
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 4:                                              # step 3; the last checkpoint is after step 1
+    def watched(model, optimizer, groups, args):
+        calls.append((args.temperature, args.min_p))
+        if len(calls) == stop[0]:
             raise KeyboardInterrupt
-        return update(*args)
+        return update(model, optimizer, groups, args)
 
-    monkeypatch.setattr(rl, "update", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        rl.main(rl_arguments(prepared, tiny_folder, "--steps", "5"))
-    assert not (prepared / "models" / "synthesizer").exists()
-    rl.main(rl_arguments(prepared, tiny_folder, "--steps", "5"))
-    assert len(calls) == 4 + 3                                           # steps 2, 3 and 4 are done again
-    assert without_times(common.read_rows(prepared / "rl.jsonl")) == without_times(common.read_rows(whole / "rl.jsonl"))
-    one, other = (adapter_of(run / "models" / "synthesizer") for run in (whole, prepared))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert (whole / "traces" / "recon-grpo.jsonl").read_bytes() == (prepared / "traces" / "recon-grpo.jsonl").read_bytes()
+    def listening(self, prompts, seeds, **more):
+        options.add((more["temperature"], more["min_p"], more["max_new_tokens"]))
+        noise.update(sum(seeds, []))
+        return sample(self, prompts, seeds, **more)
 
-
-def test_grpo_killed_at_random_moments_ends_like_an_undisturbed_run(rl, prepared, tiny_folder, tmp_path, numbers):
-    """SIGKILL to the real program, twice, wherever it stands; then the same rl.jsonl, adapter and traces."""
-    whole = tmp_path / "whole"
-    shutil.copytree(prepared, whole)
-    prepared, whole = whole, prepared                        # this process holds the lock of the folder that it prepared
-    settings = ("--steps", "10", "--val-every", "4", "--save-every", "3")
-    rl.main(rl_arguments(whole, tiny_folder, *settings))
-    command = [sys.executable, str(ROOT / "05_rl_train.py"), *rl_arguments(prepared, tiny_folder, *settings)]
-    log = prepared / "rl.jsonl"
-    changed = lambda: log.stat().st_mtime_ns if log.exists() else 0
-    for _ in range(2):
-        before = changed()
-        program = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while program.poll() is None and changed() == before:             # the models are loaded, the first step is about to begin
-            time.sleep(0.01)
-        time.sleep(numbers.uniform(0, 4))
-        program.kill()
-        program.wait()
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert without_times(common.read_rows(log)) == without_times(common.read_rows(whole / "rl.jsonl"))
-    one, other = (adapter_of(run / "models" / "synthesizer") for run in (whole, prepared))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert (whole / "traces" / "recon-grpo.jsonl").read_bytes() == (prepared / "traces" / "recon-grpo.jsonl").read_bytes()
-
-
-def test_the_log_exposes_every_way_to_cheat_and_the_curves_are_drawn(rl, prepared, tiny_folder):
-    rl.main(rl_arguments(prepared, tiny_folder, "--steps", "1"))
-    first, last = common.read_rows(prepared / "rl.jsonl")
-    for kind in ("val", "val_sampled"):
-        for row in (first, last):
-            assert {f"{kind}_{name}" for name in ("reward", "score", "other", "specific", "leak", "leak_1", "reworded", "stopped", "malformed", "length", "auc")} <= row.keys()
-            assert 0 <= row[f"{kind}_auc"] <= 1 and row[f"{kind}_specific"] == pytest.approx(row[f"{kind}_score"] - row[f"{kind}_other"])
-    assert {"reward", "reward_std", "score", "leak", "zero_variance", "length", "entropy", "grad_norm", "adapter_change", "seconds_sampling", "seconds_reward",
-            "seconds_update", "missing_rewards", "empty", "nonfinite"} <= first.keys()
-    assert (prepared / "rl.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_other_settings_of_the_fit_do_not_cost_the_trained_synthesizer(rl, prepared, tiny_folder, capsys):
-    rl.main(rl_arguments(prepared, tiny_folder, "--steps", "1"))
-    before = adapter_of(prepared / "models" / "synthesizer")
-    with pytest.raises(SystemExit):
-        rl.main(rl_arguments(prepared, tiny_folder, "--steps", "1", "--fit-lr", "1e-4"))
-    assert "fit_lr was 0.001, is now 0.0001. Remove it" in capsys.readouterr().err
-    shutil.rmtree(prepared / "models" / "recon-grpo")
-    rl.main(rl_arguments(prepared, tiny_folder, "--steps", "1", "--fit-lr", "1e-4"))
-    assert all(torch.equal(before[name], weight) for name, weight in adapter_of(prepared / "models" / "synthesizer").items())
-    assert (prepared / "models" / "recon-grpo").is_dir()
-
-
-def test_an_interrupted_overwrite_does_not_pass_old_work_off_as_new(rl, prepared, tiny_folder, monkeypatch):
-    rl.main(rl_arguments(prepared, tiny_folder, "--steps", "2"))
-    with monkeypatch.context() as patch:
-        patch.setattr(rl, "update", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            rl.main(rl_arguments(prepared, tiny_folder, "--steps", "2", "--overwrite"))
-    for name in ("models/synthesizer", "models/recon-grpo", "traces/recon-grpo.jsonl", "rl/recon"):
-        assert not (prepared / name).exists(), name
-    rl.main(rl_arguments(prepared, tiny_folder, "--steps", "2"))
-    assert [row["step"] for row in common.read_rows(prepared / "rl.jsonl")] == [0, 1, 2]
-
-
-def test_training_can_be_continued_to_more_steps(rl, prepared, tiny_folder, tmp_path):
-    whole = tmp_path / "whole"
-    shutil.copytree(prepared, whole)
-    rl.main(rl_arguments(whole, tiny_folder, "--steps", "4"))
-    rl.main(rl_arguments(prepared, tiny_folder, "--steps", "2"))
-    rl.main(rl_arguments(prepared, tiny_folder, "--steps", "4"))
-    one, other = (adapter_of(run / "models" / "synthesizer") for run in (whole, prepared))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_a_group_without_variance_is_skipped_and_counted(rl, tiny, numbers):
-    model, _ = tiny
-    adapted = common.add_adapter(model, 4, 0)
-    optimizer = torch.optim.AdamW([weight for weight in adapted.parameters() if weight.requires_grad], lr=1e-2)
-    groups = [(random_ids(numbers, 3, 9), [random_ids(numbers, 2, 5) for _ in range(3)]) for _ in range(2)]
-    args = grpo_arguments()
-    row = rl.update(adapted, optimizer, groups, [[0.0] * 3, [0.0] * 3], args)
-    assert row["zero_variance"] == 1 and row["adapter_change"] == 0 and row["grad_norm"] == 0
-    row = rl.update(adapted, optimizer, groups, [[0.0] * 3, [1.0, -0.5, -0.5]], args)
-    assert row["zero_variance"] == 0.5 and row["adapter_change"] > 0
-
-
-@pytest.mark.parametrize("lost", [1, None])
-def test_a_missing_reward_takes_no_part_and_is_never_taken_for_zero(rl, prepared, tiny_folder, monkeypatch, capsys, lost):
-    """A score that is not a number must neither pull the group's mean nor earn an advantage; also if all are missing."""
-    assert rl.gate([0.2, None, -0.4], [0, 0.5, 0], 2.0) == [0.2, None, -0.4] and rl.gate([0.2, None], [0.5, 0], 1.0) == [-0.5, None]
-    score, update, seen = rl.likelihood_scores, rl.update, []
-
-    def lossy(*args):
-        scores, logprobs = score(*args)
-        for row in scores if lost is None else scores[lost:lost + 1]:
-            row["unsaid"] = row["likelihood"] = float("nan")
-        return scores, logprobs
-
-    def watched(model, optimizer, groups, advantages, args):
-        seen.append((groups, advantages))
-        return update(model, optimizer, groups, advantages, args)
-
-    monkeypatch.setattr(rl, "likelihood_scores", lossy)
     monkeypatch.setattr(rl, "update", watched)
-    rl.main(rl_arguments(prepared, tiny_folder, "--steps", "1"))
-    (groups, advantages), = seen
-    left = 0 if lost is None else 2
-    assert all(len(some) == len(completions) == left and abs(sum(some)) < 1e-6 for some, (_, completions) in zip(advantages, groups))
-    step, printed = common.read_rows(prepared / "rl.jsonl")[0], capsys.readouterr().out
-    assert step["missing_rewards"] == 2 * (3 - left) and f"{2 * (3 - left)} rewards were missing" in printed
-    assert (step["adapter_change"] > 0) == bool(left) and (step["reward"] is None) == (not left) and ("nothing to compare" in printed) == (not left)
+    monkeypatch.setattr(common.LocalModel, "sample", listening)
+    whole, longer = (shutil.copytree(prepared, tmp_path / name) for name in ("whole", "longer"))
+    run_stages(stage, whole, tiny_folder, f"{train} 5 --temperature 0.3 --max-new-tokens 99")
+    assert options == {(0.9, 0.2, 7)} and calls == [(0.9, 0.2)] * 5 and len(noise) == 5 * 2 * 3 + 4
+    run_stages(stage, longer, tiny_folder, f"{train} 3", f"{train} 5")
+    assert len(calls) == 5 + 3 + 2                                           # from the last checkpoint on
+    calls.clear()
+    stop[0] = at = numbers.randint(1, 5)
+    with pytest.raises(KeyboardInterrupt):
+        run_stages(stage, prepared, tiny_folder, f"{train} 5")
+    release()
+    run_stages(stage, prepared, tiny_folder, f"{train} 5")
+    assert len(calls) == at + 5 - (at - 1) // 2 * 2                          # a checkpoint every 2 steps
+    first, *others = (run / "models" / "synthesizer" / "adapter_model.safetensors" for run in (whole, longer, prepared))
+    assert {path.read_bytes() for path in others} == {first.read_bytes()}
+    assert logged(whole) == logged(longer) == logged(prepared) and len(logged(whole)) == 6
+    assert max(weight.abs().max() for name, weight in load_file(first).items() if "lora_B" in name) > 0
+    monkeypatch.setattr(common, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    run_stages(stage, prepared, tiny_folder, f"{train} 5")
+    assert "is complete" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("written, trace", [("Sam is tired. Sam wants to", "Sam is tired."), ("Sam is tired and wants", "Sam is tired and wants"),
-                                            ("Is Sam tired? Sam is! Sam", "Is Sam tired? Sam is!"), ("Sam is sad. It costs 3.5", "Sam is sad.")])
-def test_a_trace_at_the_token_limit_loses_its_unfinished_sentence(tiny, written, trace):
-    _, tokenizer = tiny
-    assert common.trace_of(tokenizer, common.Completion(tokenizer.encode(written))) == trace
-    assert common.trace_of(tokenizer, common.Completion(tokenizer.encode(written), finished=True, end=1)) == written
-
-
-def test_empty_and_unfinished_and_formless_traces_earn_less_than_the_others(rl, tiny, tiny_folder, monkeypatch):
-    model, tokenizer = tiny
-    texts = ["Sam feels tired of the weeds.", "", "I feel tired.", "Sam feels tired and", "Sam feels tired of gardens."]
-    group = [common.Completion(tokenizer.encode(text), finished=True, end=1) for text in texts]
-    args = argparse.Namespace(reward="specific", leak_penalty=0.5, reword_penalty=0.3)
-    pair, other = make_pair(), make_pair("d/1", "nobody knows what the price of a ticket to rome is")
-    monkeypatch.setattr(rl, "guard_traces", lambda encoder, traces, action, context: [{"leak": 0.0, "reworded": 0.0, "stopped": False} for _ in traces])
-    rows, = rl.rate_recon(common.add_adapter(model, 4, 0), tokenizer, None, [pair], [other], [group], args)
-    assert [row["malformed"] for row in rows] == [False, True, True, True, False]
-    rl.gate_rows(rows, args.leak_penalty)
-    assert max(rows[place]["reward"] for place in (1, 2, 3)) < (rows[0]["reward"] + rows[4]["reward"]) / 2
-    assert rows[0]["reward"] == pytest.approx(rows[0]["score"] - rows[0]["other"])
-
-
-def test_specific_credits_what_a_trace_adds_to_its_own_action_alone(rl, tiny, monkeypatch):
-    """score and other are stage 3's own scores of the same trace, on the pair and on the other pair."""
-    model, tokenizer = tiny
-    pair, other = make_pair(), make_pair("d/1", "nobody knows what the price of a ticket to rome is")
-    trace, adapted = "Sam feels tired of the weeds.", common.add_adapter(model, 4, 0)
-    group = [common.Completion(tokenizer.encode(trace), True, 1)]
-    monkeypatch.setattr(rl, "guard_traces", lambda *args: [{"leak": 0.0, "reworded": 0.2, "stopped": False}])
-    args = argparse.Namespace(reward="specific", leak_penalty=0.5, reword_penalty=0.3)
-    (row,), = rl.rate_recon(adapted, tokenizer, None, [pair], [other], [group], args)
-    adapted.unload()
-    own, foreign = (common.likelihood_scores(model, tokenizer, some, [trace])[0][0]["unsaid"] for some in (pair, other))
-    assert row["reward"] == pytest.approx(own - foreign - 0.3 * 0.2, abs=1e-5)
-    args.reward = "likelihood"
-    adapted = common.add_adapter(model, 4, 0)
-    (row,), = rl.rate_recon(adapted, tokenizer, None, [pair], [other], [group], args)
-    adapted.unload()
-    assert row["reward"] == pytest.approx(common.likelihood_scores(model, tokenizer, pair, [trace])[0][0]["likelihood"], abs=1e-5) and row["fault"] == 0
-    assert row["score"] == pytest.approx(own, abs=1e-5)                       # measured alike whatever is rewarded
-
-
-def test_the_other_pair_is_of_another_conversation_and_stays_the_same_for_a_seed():
-    pairs = [make_pair(f"{conversation}/{turn}") for conversation in "cde" for turn in range(3)]
-    chosen = common.other_pairs(pairs, pairs, 5)
-    assert all(other["conversation"] != pair["conversation"] for pair, other in zip(pairs, chosen)) and chosen == common.other_pairs(pairs[::-1], pairs, 5)[::-1]
-    assert len({tuple(other["id"] for other in common.other_pairs(pairs, pairs, seed)) for seed in range(4)}) > 1
-    assert common.other_pairs(pairs[:1], pairs[:3], 5)[0]["id"] in ("c/1", "c/2") and common.other_pairs(pairs[:1], pairs[:1], 5) == pairs[:1]
-
-
-@pytest.mark.parametrize("text, form", [
-    ("Sam is worried about the exam and wants to sleep.", True), ("Sam hopes that Alex comes along.", True),
-    ("Sam wants Sam to tell Sam about Sam's plans. Sam wants Sam to write Sam about Sam's plans.", False),
-    ("Sam is worried about the exam.", True), ("Sam misses the sea.", True), ("Sam is worried about the exam and", False), ("I am worried about the exam.", False), ("You should know that Sam is sad.", False), ("We all know Sam.", False), ("Sam thinks you should go.", False), ("Sam: worried about the exam", False),
-    ('Sam feels "so tired".', False), ("Sam feels tired.\nSam: hello", False), ("The exam is tomorrow.", False), ("Sam has an exam tomorrow at noon.", False), ("", False)])
-def test_a_trace_is_about_sam_in_the_third_person_and_names_something_that_minds_do(text, form):
-    assert common.is_trace(text) == form
-
-
-def test_e2e_continues_from_an_adapter_and_says_so_if_there_is_none(rl, sft, prepared, tiny, tiny_folder, capsys):
-    with pytest.raises(SystemExit) as caught:
-        rl.main(rl_arguments(prepared, tiny_folder, "--steps", "1", "--objective", "e2e"))
-    assert caught.value.code == 2 and "04_select_sft.py" in capsys.readouterr().err
-    model, tokenizer = tiny
-    backward = prepared / "models" / "backward"
-    backward.parent.mkdir(exist_ok=True)
-    sft.fit_user_model(model, [sft.user_example(tokenizer, make_pair(), "x")], fit_arguments(epochs=3), backward,
-                       {"arguments": {"model": str(tiny_folder)}, "inputs": {"pairs.jsonl": common.file_hash(prepared / "pairs.jsonl")}})
-    rl.main(rl_arguments(prepared, tiny_folder, "--steps", "1", "--objective", "e2e"))
-    rows = [row for row in common.read_rows(prepared / "rl.jsonl") if row["objective"] == "e2e"]
-    assert rows and (prepared / "models" / "e2e-grpo" / "adapter_model.safetensors").is_file()
-    rl.main(rl_arguments(prepared, tiny_folder, "--steps", "1", "--objective", "e2e", "--kl", "0.5", "--updates", "2", "--overwrite"))
-    row = [row for row in common.read_rows(prepared / "rl.jsonl") if row["objective"] == "e2e"][0]
-    assert row["kl"] is not None and abs(row["kl"]) < 1                     # measured from the adapter it started from, not from the base
-    assert {path.name for path in (prepared / "models" / "e2e-grpo").iterdir()} >= {"adapter_model.safetensors"} and not (prepared / "models" / "e2e-grpo" / "reference").exists()
-    json.dumps(rows)
+def test_e2e_trains_the_user_model_on_from_backward(prepared, tiny_folder):
+    """Which by then has learnt to close its think block; an action is written only where it is rewarded."""
+    command = f"{TRAIN} --objective e2e --steps 2 --num-generations 6 --max-new-tokens 40 --lr 1e-4 --reward"
+    rows = [make_scores("so", [0.1], control="c0/1").model_copy(update={"id": name}) for name in train_ids(prepared)]
+    write_scores(prepared, "scores.jsonl", rows)
+    run_stages(stage, prepared, tiny_folder, "04_select_sft --arms backward --rank 4 --epochs 25 --lr 2e-2")
+    before, tokens = adapter_of(prepared / "models" / "backward"), []
+    for reward in ("likelihood", "cosine"):
+        run_stages(stage, prepared, tiny_folder, f"{command} {reward} --overwrite")
+        after, step = adapter_of(prepared / "models" / "e2e-grpo"), logged(prepared)[0]
+        change = max((before[name] - after[name]).abs().max().item() for name in before)
+        assert 0 < change < 1e-3 and step["measured"]["malformed"] < 1 and step["reward"] == step["measured"][reward]
+        tokens.append(step["measured"]["tokens"])
+    assert tokens[0] < tokens[1] and -1 < step["reward"] < 1
