@@ -65,16 +65,16 @@ def main(argv: list[str] | None = None) -> None:
         args.adapter = args.adapter or args.run / "models" / "synthesizer"
         common.check_adapter(args.adapter, args.model)
     pairs = common.read_rows(source, Pair, "01_prepare.py")[:args.limit]
+    if args.show_prompt:
+        return print(common.load_writer(args.model, args).show(common.synthesis_prompt(pairs[0])))
     inputs = [source, *([args.adapter / "adapter_model.safetensors"] if args.adapter else [])]
     config = common.run_config(args, inputs, ["synthesis"], ignore=["adapter"])
     output = common.Output(target, Candidates, config, args.overwrite)
     skipped = len(output.rows)
-    if output.has(pairs) and not args.show_prompt:
+    if output.has(pairs):
         print(f"{target} is complete ({skipped} rows)")
         return common.print_next(args, following)
     model = common.load_writer(args.model, args)
-    if args.show_prompt:
-        return print(model.show(common.synthesis_prompt(pairs[0])))
     if args.adapter:
         model.model = common.add_adapter(model.model, 0, args.seed, args.adapter, trainable=False)
     batches = common.batch_by_length(pairs, lambda pair: model.length(common.synthesis_prompt(pair)), args.batch_size)

@@ -361,15 +361,16 @@ def main(argv: list[str] | None = None) -> None:
     pairs = [pair for pair in pairs if pair.id in found][:args.limit]
     if len(pairs) < 2:
         common.fail(f"{source} has too few pairs: each pair's control is the trace of another pair")
+    if args.show_prompt:
+        prompt = common.reconstruction_prompt(pairs[0], found[pairs[0].id].candidates[0].trace)
+        return print(common.load_writer(args.model, args).show(prompt))
     prompts = ["reconstruction", "reconstruction_no_trace", "transcript", "transcript_no_trace", "judge"]
     output = common.Output(target, Scores, common.run_config(args, [pairs_path, source], prompts), args.overwrite)
     summary, skipped = target.with_suffix(".summary.json"), len(output.rows)
-    if output.has(pairs) and summary.is_file() and not args.show_prompt:
+    if output.has(pairs) and summary.is_file():
         print(f"{target} is complete ({skipped} rows)")
         return common.print_next(args, following)
     model = common.load_writer(args.model, args)
-    if args.show_prompt:
-        return print(model.show(common.reconstruction_prompt(pairs[0], found[pairs[0].id].candidates[0].trace)))
     encoder, judge = common.load_encoder(args.encoder), load_judge(args, model)
     apis = [some for some in {id(some): some for some in (model, judge)}.values() if isinstance(some, common.ApiModel)]
     work = prepare_work(encoder, pairs, found, args.negatives, args.seed)

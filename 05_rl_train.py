@@ -202,7 +202,7 @@ class Step(Row):
     measured: dict[str, float]                             # the means of Measured
     update: dict[str, float]                               # see update
     seconds: dict[str, float]
-    validation: dict[str, float] | None                    # before this step, on held-out pairs; see validate
+    validation: dict[str, float | None] | None             # before this step, on held-out pairs; see validate
 
 
 @dataclass
@@ -257,12 +257,13 @@ def credited_tokens(tokenizer: Any, completion: Completion, cut: bool) -> list[i
     return ids or [tokenizer.eos_token_id]
 
 
-def mean_of(rows: Sequence[Measured]) -> dict[str, float]:
-    return {field.name: sum(float(getattr(row, field.name)) for row in rows) / max(1, len(rows))
+def mean_of(rows: Sequence[Measured]) -> dict[str, float | None]:
+    """The mean of everything that is measured; None, never 0, if there is nothing to take it of."""
+    return {field.name: sum(float(getattr(row, field.name)) for row in rows) / len(rows) if rows else None
             for field in dataclasses.fields(Measured)}
 
 
-def validate(policy: Policy, pairs: Sequence[Pair], pool: Sequence[Pair], count: int = 4) -> dict[str, float]:
+def validate(policy: Policy, pairs: Sequence[Pair], pool: Sequence[Pair], count: int = 4) -> dict[str, float | None]:
     """Means over `count` completions of each held-out pair, sampled as the policy is used, always with the same noise.
 
     Scores are those of the completions without a fault, the only ones that the loop uses; a leak has a high score
@@ -278,9 +279,10 @@ def validate(policy: Policy, pairs: Sequence[Pair], pool: Sequence[Pair], count:
     return passing | {key: over_all[key] for key in ("is_leak", "malformed", "unfinished", "tokens")}
 
 
-def describe(step: int, seen: dict[str, float], objective: str) -> str:
+def describe(step: int, seen: dict[str, float | None], objective: str) -> str:
     scores = ("contrast", "masked_likelihood", "paraphrase") if objective == "recon" else ("likelihood",)
-    return (f"step {step}, held-out, without fault: " + ", ".join(f"{key} {seen[key]:+.3f}" for key in scores)
+    shown = (f"{key} " + ("none" if seen[key] is None else f"{seen[key]:+.3f}") for key in scores)
+    return (f"step {step}, held-out, without fault: " + ", ".join(shown)
             + f"; all: leaks {seen['is_leak']:.0%}, malformed {seen['malformed']:.0%}, at the limit "
               f"{seen['unfinished']:.0%}, {seen['tokens']:.0f} tokens")
 
@@ -329,7 +331,8 @@ def train(policy: Policy, base: Any, pairs: Sequence[Pair], held_out: Sequence[P
             common.write_file(log, "".join(map(common.dump_row, lines)))
             break
         clock = [time.monotonic()]
-        batch = order[step * args.num_prompts:(step + 1) * args.num_prompts]
+        # Where an epoch ends within a step, a pair may come twice, with the same noise: once is enough.
+        batch = list({pair.id: pair for pair in order[step * args.num_prompts:(step + 1) * args.num_prompts]}.values())
         mine = common.shard(list(enumerate(batch)))
         draw = lambda some: policy.rollout([pair for _, pair in some], args.num_generations, "rollout", step)
         completions = common.in_portions(draw, mine) if mine else []
@@ -424,6 +427,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         common.check_adapter(args.init_adapter, args.model)
         common.check_made_from(args.init_adapter, source, "04_select_sft.py")
         inputs.append(args.init_adapter / "adapter_model.safetensors")
+    if args.show_prompt:
+        local = common.load_model(args.model, args.four_bit, args.dtype)
+        return print(local.show(Policy(local, None, args).prompt(pairs[0])))
     ignore = ["save_every", "init_adapter", "checkpointing"]
     config = common.run_config(args, inputs, prompts, ignore)
     if target.exists() and not args.overwrite:             # more steps than were done: training goes on
@@ -433,13 +439,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             common.wait_for_all()                          # all have seen it
             common.discard(target)
             common.wait_for_all()
-    if common.is_made(target, config, args.overwrite) and not args.show_prompt:
+    if common.is_made(target, config, args.overwrite):
         print(f"{target} is complete")
         return common.print_next(args, following)
     local = common.load_model(args.model, args.four_bit, args.dtype)
     policy = Policy(local, common.load_encoder(args.encoder), args)
-    if args.show_prompt:
-        return print(local.show(policy.prompt(pairs[0])))
     if args.overwrite:
         for old in (target, *(args.run / "rl" / args.objective).glob("step-*")):
             common.discard(old)

@@ -363,8 +363,8 @@ def find_warnings(comparisons: Sequence[Comparison], arms: dict[str, Any], args:
         found.append(f"The judge {args.judge} is the user models' own base, and such judges favour their own.")
     for row in comparisons:
         if row.flip_rate and row.flip_rate > 0.3:
-            found.append(f"{row.what}: in {row.flip_rate:.0%} of pairs of {row.a} and {row.b} the judge contradicts itself "
-                         "when their order is turned.")
+            found.append(f"{row.what}: the judge contradicts itself in {row.flip_rate:.0%} of pairs when the order of "
+                         f"{row.a} and {row.b} is turned.")
         longer = row.longer_wins and row.longer_wins.ci95
         if longer and not longer[0] <= 0.5 <= longer[1]:
             found.append(f"{row.what}: of {row.a} and {row.b} the longer text wins "
@@ -518,11 +518,12 @@ def main(argv: list[str] | None = None) -> None:
         return print(load().show(common.user_prompt(pairs[0], thinking=True)))
     tags = [arm.removeprefix("recon-") for arm in arms if arm.startswith("recon-")]
     scores = {tag: read_scores(args, tag, ids) for tag in (None, *tags)}
-    names = ("rl.jsonl", *(common.tagged("scores.jsonl", tag) for tag in scores))
-    made_of = [source, *(args.run / name for name in names if (args.run / name).is_file()),
+    made_of = [source, *(path for tag in scores if (path := args.run / common.tagged("scores.jsonl", tag)).is_file()),
                *(args.run / "models" / arm / "adapter_model.safetensors" for arm in arms)]
     config = common.run_config(args, made_of, ["user_model", "comparison"])
-    if report.is_file() and not args.overwrite and target.is_file() and common.read_config(target) == config:
+    log = args.run / "rl.jsonl"                            # it holds seconds, so it is no part of the config
+    newer = log.is_file() and report.is_file() and log.stat().st_mtime > report.stat().st_mtime
+    if report.is_file() and target.is_file() and not (args.overwrite or newer) and common.read_config(target) == config:
         print_results(json.loads(target.read_text(encoding="utf-8")))
         return print(f"{target} and {report} are complete")
     # Now, as acting takes long and a key may be wrong.
@@ -568,7 +569,7 @@ def main(argv: list[str] | None = None) -> None:
                      f"open {report}", [api] if api else [])
     by_id = {row.id: row for row in scores[None]}
     against = [row for row in verdicts if row.what == "actions" and row.b == args.versus]
-    curves = common.read_rows(args.run / "rl.jsonl", rl_train.Step) if (args.run / "rl.jsonl").is_file() else []
+    curves = common.read_rows(log, rl_train.Step) if log.is_file() else []
     write_page(report, TEMPLATE, results | {
         "examples": [make_example(pair, place, written["actions"], near["actions"], against, by_id.get(pair.id))
                      for place, pair in enumerate(pairs)],

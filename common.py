@@ -190,7 +190,7 @@ def number_type(convert: type, low: float, high: float) -> Callable[[str], float
     """argparse type: a finite number of a kind from `low` to `high`."""
     def parse(text: str) -> float:
         try:
-            if low <= (value := convert(text)) <= high and math.isfinite(value):
+            if low <= (value := convert(text)) <= high:
                 return value
         except ValueError:
             pass

@@ -42,7 +42,8 @@ STAGES = {
     "03": ["03_reconstruct_score.py", "--max-action-tokens", "12", "--batch-size", "3", "--scorers",
            "likelihood,embedding,judge"],
     "04": ["04_select_sft.py", "--epochs", "2", "--rank", "4"],
-    "05": ["05_rl_train.py", "--steps", "6", "--save-every", "2", "--val-every", "6", "--num-prompts", "1", "--rank", "4"],
+    "05": ["05_rl_train.py", "--steps", "6", "--save-every", "2", "--val-every", "6", "--rank", "4",
+           "--num-prompts", "1"],
     "02 grpo": ["02_sample_candidates.py", "--tag", "grpo"],
     "03 grpo": ["03_reconstruct_score.py", "--tag", "grpo"],
     "04 grpo": ["04_select_sft.py", "--tag", "grpo"],
@@ -60,7 +61,7 @@ def beside(run: Path, ending: str) -> Path:
 def note_what_is_made(run: Path) -> None:
     """Have this process write down, a line each, the rows and adapters that it saves, in the words of finished()."""
     def noting(save: Callable, items: Callable[..., list[str]]) -> Callable:
-        def noted(*given: Any) -> None:                    # before it is saved: what a kill tears has been worked on too
+        def noted(*given: Any) -> None:                    # before saving: what a kill tears has been worked on too
             with beside(run, "made").open("a") as file:
                 file.writelines(f"{item}\n" for item in items(*given))
             save(*given)
@@ -148,7 +149,7 @@ def try_stage(stage: str, script: str, settings: Sequence[str], before: Path, af
               seconds: float) -> dict[str, float]:
     """Kill the stage that leads from run folder `before` to `after` in so many trials; returns what was counted."""
     old, wanted, rows_wanted = contents(before), contents(after), whole_rows(after)
-    numbers = random.Random(f"faults {stage}")
+    numbers = random.Random(f"kills {stage}")
     found = {"seconds": round(seconds, 1), "trials": 0, "kills": 0, "halfway": 0, "moments_drawn_again": 0, "lost": 0}
     while found["trials"] < trials:
         shutil.rmtree(trial, ignore_errors=True)

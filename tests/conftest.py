@@ -1,4 +1,4 @@
-"""A tiny random model with its own tokenizer, made on the spot, the stage files as modules, and a server on loopback."""
+"""A tiny random model with its own tokenizer, made on the spot, the stages as modules, and a server on loopback."""
 
 import http.server
 import importlib
@@ -97,8 +97,8 @@ def make_pair(name: str = "c/1", action: str = "that sounds like a lot of work t
 
 def make_run(folder: Path, train: int = 6, val: int = 2, test: int = 6) -> Path:
     """A run folder with pairs.jsonl, as stage 1 leaves it; every pair is a conversation of its own."""
-    actions = ["that sounds like a lot of work to me", "I would rather stay at home and read a book", "did you eat yet?",
-               "my sister wants to move to the sea", "we could try the new place on friday", "no idea, ask the teacher"]
+    actions = ["that sounds like a lot of work to me", "I would rather stay at home and read a book",
+               "did you eat yet?", "my sister wants to move to the sea", "we could try the new place on friday", "no idea, ask the teacher"]
     splits = ["train"] * train + ["val"] * val + ["test"] * test
     pairs = [make_pair(f"c{place}/1", f"{actions[place % len(actions)]} {place}", split)
              for place, split in enumerate(splits)]
@@ -111,8 +111,10 @@ def run_stages(stage, run: Path, model: Path, *commands: str) -> None:
     """main() of each command, like '04_select_sft --arms recon', on one run folder and model, in float32."""
     for command in commands:
         name, *arguments = command.split()
-        stage(name).main([*arguments, "--run", str(run), "--model", str(model), "--dtype", "float32"])
-        release()
+        try:
+            stage(name).main([*arguments, "--run", str(run), "--model", str(model), "--dtype", "float32"])
+        finally:
+            release()
 
 
 def release() -> None:
@@ -160,7 +162,8 @@ class Loopback:
                         "choices": [{"index": 0, "message": {"role": "assistant", "content": text},
                                      "finish_reason": finish}], "usage": usage})
                 self.send_response(status)
-                for name, value in {"Content-Type": "application/json", **headers, "Content-Length": len(text.encode())}.items():
+                headers = {"Content-Type": "application/json", **headers, "Content-Length": len(text.encode())}
+                for name, value in headers.items():
                     self.send_header(name, str(value))
                 self.end_headers()
                 self.wfile.write(text.encode())

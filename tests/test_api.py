@@ -57,8 +57,9 @@ def make_api_run(run, train: int = 3, test: int = 3):
 
 def run_stage(stage, name, run, *more, model="openai:big") -> int:
     """The exit code of a stage."""
+    always = "--run", str(run), "--model", str(model), "--concurrency", "3"
     try:
-        stage(name).main(["--run", str(run), "--model", str(model), "--concurrency", "3", *SETTINGS[name].split(), *more])
+        stage(name).main([*always, *SETTINGS[name].split(), *more])
     except SystemExit as ended:
         return ended.code
     finally:
@@ -68,7 +69,7 @@ def run_stage(stage, name, run, *more, model="openai:big") -> int:
 
 def rows_of(run, name="candidates") -> dict:
     schema = {"candidates": common.Candidates, "scores": common.Scores}[name]
-    return {row.id: row for row in common.read_rows(run / f"{name}.jsonl", schema)}     # fails at an id that comes twice
+    return {row.id: row for row in common.read_rows(run / f"{name}.jsonl", schema)}       # no id may come twice
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +150,7 @@ def test_stage_3_asks_again_only_for_what_had_no_answer(stage, loopback, undistu
 def test_a_server_that_is_gone_is_given_up_and_one_that_refuses_some_prompts_is_not(
         answer, requests, rows, stage, loopback, tmp_path, capsys):
     """Of equally long prompts the first pair's come first, those of the last pair last."""
-    loopback.reply = lambda body: speak(body) if any(some in told(body) for some in ("hello", "Chat 0", "Chat 5")) else answer
+    loopback.reply = lambda body: answer if any(f"Chat {place}" in told(body) for place in range(1, 5)) else speak(body)
     assert run_stage(stage, SAMPLE, make_api_run(tmp_path), "--concurrency", "1") == 2
     error = capsys.readouterr().err
     assert len(loopback.asked) == 3 + requests and rows_of(tmp_path).keys() == rows
@@ -168,8 +169,8 @@ def test_what_a_model_thinks_is_not_its_answer(loopback, tmp_path, monkeypatch, 
     assert (answer and answer.text) == text and len(common.read_rows(api.path, common.Answer)) == 1 + bool(text)
 
 
-CONTROL = ["<|im_end|>", "<｜User｜>", "<｜end▁of▁sentence｜>", "</s>", "<start_of_turn>", "<unused12>", "<think>", "</think>",
-           "<tool_call>", "[INST]", "[/INST]", "[gMASK]", "[|user|]", "<<SYS>>", "<0x0A>"]
+CONTROL = ["<|im_end|>", "<｜User｜>", "<｜end▁of▁sentence｜>", "</s>", "<start_of_turn>", "<unused12>", "<think>",
+           "</think>", "<tool_call>", "[INST]", "[/INST]", "[gMASK]", "[|user|]", "<<SYS>>", "<0x0A>"]
 
 
 def test_no_control_token_of_a_chat_template_reaches_a_server_from_data(loopback, tmp_path, numbers):
@@ -196,7 +197,7 @@ def test_the_key_stands_in_no_file_and_no_message(stage, loopback, tmp_path, cap
     codes = [run_stage(stage, SAMPLE, make_api_run(tmp_path))]
     loopback.reply = echo
     codes += [run_stage(stage, name, tmp_path) for name in (SAMPLE, SCORE)]
-    loopback.reply = lambda body: (401, {}, f"Incorrect key: {KEY} {'x' * 222}{KEY}")     # which is cut to 300 characters
+    loopback.reply = lambda body: (401, {}, f"Incorrect key: {KEY} {'x' * 222}{KEY}")     # cut to 300 characters
     codes += [run_stage(stage, SAMPLE, tmp_path, "--overwrite", model="openai:other")]
     said = capsys.readouterr()
     assert codes == [2, 0, 0, 2] and "Incorrect key: [key]" in said.err and KEY[:6] not in said.out + said.err

@@ -58,7 +58,7 @@ def test_the_true_action_is_as_likely_as_on_average_behind_the_models_own_traces
 
 
 def test_reconstructions_are_those_of_the_candidates_that_an_arm_chooses():
-    """Of no trace for none, of the control for shuffled; a pair without the score is left out where the score chooses."""
+    """Of no trace for none, of the control for shuffled; a pair without the score is left out where it chooses."""
     row = make_scores("c/1", [0.1, 0.9, 0.4], [0.4, 0, 0])
     for text, some in zip(("r0", "r1", "r2", "other"), [*row.candidates, row.control]):
         some.reconstruction = text

@@ -35,7 +35,7 @@ def run_program(run, command):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """A finished run. Each stage ended with its closing line and the next command, which is the one that follows here."""
+    """A finished run. Each stage ended with its closing line and the next command, the one that follows here."""
     run = tmp_path_factory.mktemp("demo")
     for command, following in zip(COMMANDS, [*COMMANDS[1:], "report.html"]):
         done = run_program(run, command)

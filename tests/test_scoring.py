@@ -107,7 +107,8 @@ def test_a_control_is_the_first_passing_trace_of_another_conversation_in_the_sam
 def test_every_row_of_stage_3_holds_reconstructions_of_its_traces_of_none_and_of_the_control(
         stage, tmp_path, tiny, tiny_folder):
     run_stages(stage, make_run(tmp_path, 3, 3, 3), tiny_folder,
-        "02_sample_candidates --num-samples 2 --max-trace-tokens 9", "03_reconstruct_score --max-action-tokens 5")
+               "02_sample_candidates --num-samples 2 --max-trace-tokens 9",
+               "03_reconstruct_score --max-action-tokens 5 --negatives 2")
     rows = {row.id: row for row in common.read_rows(tmp_path / "scores.jsonl", Scores)}
     for pair in common.read_rows(tmp_path / "pairs.jsonl", common.Pair):                          # held-out pairs too
         row = rows.pop(pair.id)

@@ -41,16 +41,16 @@ def test_a_judge_that_always_answers_a_gives_exactly_half_and_flips_always():
 
 
 def test_a_judge_that_prefers_the_longer_text_is_exposed_by_the_length_matched_rate(numbers):
-    """recon is twice as long in half of the pairs, and a word longer or shorter in the others."""
+    """recon is twice as long in two of five pairs, and in the others a word longer, a word shorter and as long."""
     pairs, texts = some_pairs(40), {"recon": {}, "backward": {}}
     for place, pair in enumerate(pairs):
         words = numbers.randint(4, 9)
-        for arm, length in zip(texts, [(2 * words + 4, words), (words + 1, words), (2 * words + 4, words),
-                                       (words, words + 1)][place % 4]):
-            texts[arm][pair.id] = (None, " ".join(["word"] * length))
-    row = judged(pairs, texts, lambda first, second: "first" if len(first) > len(second) else "second")
-    assert (row.win_rate, row.longer_wins.win_rate, row.flip_rate) == (0.75, 1.0, 0.0)
-    assert (row.matched.n, row.matched.win_rate) == (20, 0.5)
+        length = [2 * words + 4, 2 * words + 4, words + 1, words - 1, words][place % 5]
+        texts["recon"][pair.id], texts["backward"][pair.id] = (None, "recon " * length), (None, "other " * words)
+    longer = lambda one, two: ["tie", "first", "second"][(len(one) > len(two)) - (len(one) < len(two))]
+    row = judged(pairs, texts, longer)
+    assert (row.win_rate, row.longer_wins.n, row.longer_wins.win_rate, row.flip_rate) == (0.7, 32, 1.0, 0.0)
+    assert (row.matched.n, row.matched.win_rate) == (24, 0.5)
     warned = " ".join(evaluate.find_warnings([row], {}, Namespace(judge="encoder"), "contrast"))
     assert "the longer text wins 100.0%" in warned and "recon wins 50.0%" in warned
 

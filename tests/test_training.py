@@ -321,7 +321,7 @@ TRAIN = "05_rl_train --rank 4 --num-prompts 2 --num-generations 3 --val-every 2 
 def prepared(tmp_path, encoder, monkeypatch):
     monkeypatch.setattr(common, "load_encoder", lambda name: encoder)
     monkeypatch.setitem(common.PROMPTS, "synthesis", common.PROMPTS["synthesis"][::9])          # without its examples
-    run = make_run(tmp_path / "run", train=5, val=1, test=0)
+    run = make_run(tmp_path / "run", train=6, val=1, test=0)
     common.write_file(run / "candidates.jsonl", "", {
         "arguments": {"temperature": 0.9, "min_p": 0.2, "max_trace_tokens": 7}, "inputs": {}})
     return run
