@@ -98,7 +98,8 @@ def make_pair(name: str = "c/1", action: str = "that sounds like a lot of work t
 def make_run(folder: Path, train: int = 6, val: int = 2, test: int = 6) -> Path:
     """A run folder with pairs.jsonl, as stage 1 leaves it; every pair is a conversation of its own."""
     actions = ["that sounds like a lot of work to me", "I would rather stay at home and read a book",
-               "did you eat yet?", "my sister wants to move to the sea", "we could try the new place on friday", "no idea, ask the teacher"]
+               "did you eat yet?", "my sister wants to move to the sea", "we could try the new place on friday",
+               "no idea, ask the teacher"]
     splits = ["train"] * train + ["val"] * val + ["test"] * test
     pairs = [make_pair(f"c{place}/1", f"{actions[place % len(actions)]} {place}", split)
              for place, split in enumerate(splits)]
