@@ -64,6 +64,7 @@ def test_the_second_process_on_a_run_folder_stops(program, undisturbed, tmp_path
 
 
 def append_slowly():
+    signal.signal(signal.SIGINT, signal.default_int_handler)       # a job in a shell's background ignores it
     append = common.append_rows
     common.append_rows = lambda *given: (append(*given), time.sleep(0.5))
 
