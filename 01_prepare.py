@@ -91,7 +91,7 @@ def read_turns(path: str) -> Iterator[Conversation]:
     for row in common.read_rows(Path(path), TurnLine):
         conversations[row.conversation].append(row)
     for name, rows in conversations.items():
-        time = f"{rows[0].time:020.6f}" if isinstance(rows[0].time, float) else rows[0].time     # sorts as dates do
+        time = f"{rows[0].time + 1e15:024.6f}" if isinstance(rows[0].time, float) else rows[0].time  # sorts as dates do
         yield Conversation(name, time, in_order((row.speaker, row.text) for row in rows))
 
 def read_hub(name: str) -> Iterator[Conversation]:
@@ -450,7 +450,7 @@ def pseudonymise(pairs: Sequence[Pair], users: Sequence[str], speakers: Iterable
         id=pair.id.replace(f"/{pair.conversation}/", f"/{names[pair.conversation]}/"), user=roles[pair.user],
         conversation=names[pair.conversation], split=pair.split, action=hide(pair.action), cut=pair.cut,
         context=[common.Turn(speaker=roles[turn.speaker], text=hide(turn.text)) for turn in pair.context],
-        setting=pair.setting and hide(pair.setting)) for pair in pairs]
+        setting=pair.setting and PERSON.join(map(hide, pair.setting.split(PERSON)))) for pair in pairs]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The stage

@@ -110,8 +110,10 @@ def parse_ratings(answer: str, count: int) -> Ratings | None:
     try:
         found = json.loads(text)
         rows = [found[str(number)] for number in range(1, count + 1)]
+        if any(type(value) not in (int, float) for row in rows for value in row.values()):
+            return None
         ratings = [{aspect: float(row.pop(aspect)) for aspect in ASPECTS} for row in rows]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
     whole = len(found) == count and not any(found.values())        # no further guess and no further aspect
     return ratings if whole and all(0 <= value <= 9 for row in ratings for value in row.values()) else None
@@ -173,7 +175,8 @@ def prepare_work(encoder: Any, pairs: Sequence[Pair], found: dict[str, Candidate
     work = {}
     for split in ("train", "val", "test"):
         peers = [pair for pair in pairs if pair.split == split]
-        for pair, other in ((pair, choose_other(peers, "control")[pair.id]) for pair in peers):
+        others = choose_other(peers if len(peers) > 1 else pairs, "control")
+        for pair, other in ((pair, others[pair.id]) for pair in peers):
             passing = [k for k, leak in enumerate(leaks[other.id]) if not leak.is_leak]
             trace = found[other.id].candidates[passing[0] if passing else 0]
             work[pair.id] = Work(pair, found[pair.id], leaks[pair.id], (other.id, trace),

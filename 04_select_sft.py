@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.show_prompt:
         trace = choose_trace(list(rules.values())[-1], rows[0], scored, args.score).trace
         local = common.load_model(args.model, args.four_bit, args.dtype)
-        return print(local.tokenizer.decode(sum(user_example(local.tokenizer, train[0], trace), [])))
+        return print(local.tokenizer.decode(sum(user_example(local.tokenizer, by_id[rows[0].id], trace), [])))
     for arm, rule in rules.items():
         config = common.run_config(args, [pairs_path, source], ["user_model"], ["arms", "tag", "checkpointing"])
         config["arm"] = arm

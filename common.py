@@ -1202,7 +1202,7 @@ def likelihood_scores(local: LocalModel, pair: Pair, traces: Sequence[str], othe
     (VeriFree, RLPR and NOVER meet the same problem).
     """
     tokenizer, context, actions = local.tokenizer, format_context(pair), [pair.action, *others]
-    prompts = [with_trace("transcript", trace, context=context, setting=pair.setting or SETTING)
+    prompts = [with_trace("transcript", trace, context=context, setting=one_line(pair.setting or SETTING))
                for trace in (None, *traces)]
     prefix, stems = split_prefix([encode_prompt(tokenizer, prompt) for prompt in prompts])
     leaves = [[encode_data(tokenizer, action) for action in actions]] * len(stems)

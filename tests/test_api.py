@@ -28,7 +28,7 @@ def told(body: dict) -> str:
 
 def speak(body: dict) -> str:
     """An answer that depends on the prompt alone, in the form that it asks for."""
-    number, aspects = zlib.crc32(told(body).encode()), ("style", "intent", "values")
+    number, aspects = zlib.crc32(f"{told(body)} {body.get('seed')}".encode()), ("style", "intent", "values")
     if "Rate every guess" in told(body):
         guesses = range(1, told(body).count("\nGuess ") + 1)
         return json.dumps({str(guess): dict.fromkeys(aspects, (number + guess) % 10) for guess in guesses})

@@ -56,7 +56,7 @@ def test_the_computed_cache_is_the_measured_one_however_rows_end(tiny, numbers):
     # Before anything was sampled, it is so within 10 %.
     tiny.model.generation_config.eos_token_id = list(range(2, 400, 40))
     found = memory.check_cache(tiny, [head + random_ids(numbers, 60, 100) for _ in range(4)], 4, 48)
-    assert 0.9 < found["computed_over_measured"] < 1.1 and found["ended_early"] > 4
+    assert 0.9 < found["computed_over_measured"] < 1.1 and found["ended_early"]
 
 
 def test_computed_memory_has_the_shapes_of_a_model_and_its_adapter(monkeypatch):
