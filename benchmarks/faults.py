@@ -42,8 +42,8 @@ STAGES = {
     "03": ["03_reconstruct_score.py", "--max-action-tokens", "12", "--batch-size", "3", "--scorers",
            "likelihood,embedding,judge"],
     "04": ["04_select_sft.py", "--epochs", "2", "--rank", "4"],
-    "05": ["05_rl_train.py", "--steps", "6", "--save-every", "2", "--val-every", "6", "--num-prompts", "1", "--rank", "4",
-           "--reward", "likelihood"],                      # to the other reward random text is no trace: nothing to learn
+    "05": ["05_rl_train.py", "--steps", "6", "--save-every", "2", "--val-every", "6", "--rank", "4", "--num-prompts",
+           "1", "--reward", "likelihood"],                 # of the other reward, random text earns nothing to learn from
     "02 grpo": ["02_sample_candidates.py", "--tag", "grpo"],
     "03 grpo": ["03_reconstruct_score.py", "--tag", "grpo"],
     "04 grpo": ["04_select_sft.py", "--tag", "grpo"],
