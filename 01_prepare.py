@@ -468,12 +468,12 @@ def parse_args(argv: list[str] | None):
     add = parser.add_argument_group("what makes a pair").add_argument
     number = {"type": common.positive_int, "metavar": "N"}
     add("--max-context-turns", default=6, help="turns before the action, at most", **number)
-    add("--max-context-tokens", default=96, help="tokens in a context, at most", **number)
+    add("--max-context-tokens", default=80, help="tokens in a context, at most", **number)
     add("--min-action-words", default=common.LEXICON["min_action_words"], help="words in an action, at least", **number)
     add("--max-action-tokens", default=32, help="tokens in an action, at most", **number)
     add = parser.add_argument_group("splits, as shares of a person's conversations, and of --limit").add_argument
-    add("--val-share", type=common.fraction, default=0.1, help="for validation")
-    add("--test-share", type=common.fraction, default=0.55, help="for test")
+    add("--val-share", type=common.fraction, default=0.05, help="for validation")
+    add("--test-share", type=common.fraction, default=0.72, help="for test")
     args = parser.parse_args(argv)
     if not (args.val_share > 0 and args.test_share > 0 and args.val_share + args.test_share < 1):
         fail("--val-share and --test-share must be positive and leave something for train")

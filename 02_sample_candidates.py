@@ -44,10 +44,12 @@ def parse_args(argv: list[str] | None):
     parser = common.stage_arguments(__doc__)
     add = parser.add_argument_group("sampling").add_argument
     add("--num-samples", **common.COUNT, default=4, help="traces a pair")
+    add("--held-out", **common.COUNT, help="pairs of val and test, at most, that get traces too; only the report shows "
+        "them (unset: all)")
     add("--max-trace-tokens", **common.COUNT, default=48, help="tokens in a trace, at most")
     add("--temperature", type=common.number_type(float, 0, 10), default=1.0, help="0 is greedy")
     add("--min-p", type=common.fraction, default=0.1, help="leave out tokens less likely than this times the likeliest")
-    add("--batch-size", **common.COUNT, default=32, help="pairs sampled at once")
+    add("--batch-size", **common.COUNT, default=64, help="pairs sampled at once")
     add = parser.add_argument_group("a second set of candidates").add_argument
     add("--tag", metavar="NAME", help="of the set, whose other settings are those of candidates.jsonl")
     add("--adapter", type=Path, metavar="DIR", help="of the synthesizer (unset: RUN/models/synthesizer with --tag)")
@@ -65,6 +67,8 @@ def main(argv: list[str] | None = None) -> None:
         args.adapter = args.adapter or args.run / "models" / "synthesizer"
         common.check_adapter(args.adapter, args.model)
     pairs = common.read_rows(source, Pair, "01_prepare.py")[:args.limit]
+    held_out = [pair for pair in pairs if pair.split != "train"][:args.held_out]
+    pairs = [pair for pair in pairs if pair.split == "train"] + held_out
     if args.show_prompt:
         return print(common.load_writer(args.model, args).show(common.synthesis_prompt(pairs[0])))
     inputs = [source, *([args.adapter / "adapter_model.safetensors"] if args.adapter else [])]

@@ -241,7 +241,6 @@ class ScoreCheck(Row):
     auc_ci95: list[float] | None                           # by conversation
     auc_passing: float | None                              # the same among traces that pass the leak detector
     auc_passing_ci95: list[float] | None
-    correlations: dict[str, float | None]                  # Spearman's within pairs, with tokens, leak, paraphrase
     no_trace_wins: float | None                            # share of pairs in which not one trace beats no trace
 
 
@@ -254,16 +253,6 @@ class Summary(Row):
     pairs_without_judgement: int
     calls: dict[str, int]                                  # model calls of stages 2 and 3
     checks: dict[str, ScoreCheck]
-
-
-def rank_correlation(groups: Sequence[tuple[Sequence[float], Sequence[float]]]) -> float | None:
-    """Spearman's correlation with ranks taken within groups, so that pairs do not differ in level; None without any."""
-    from scipy.stats import rankdata
-
-    ranks = [[rankdata(values) - (len(values) + 1) / 2 for values in group] for group in groups]
-    products, xs, ys = (sum(float(a @ b) for a, b in some) for some in (
-        ranks, [(x, x) for x, _ in ranks], [(y, y) for _, y in ranks]))
-    return products / (xs * ys) ** 0.5 if xs and ys else None
 
 
 def own_over_control(rows: Sequence[Scores], conversations: dict[str, str], name: str, passing: bool) -> tuple:
@@ -280,12 +269,10 @@ def own_over_control(rows: Sequence[Scores], conversations: dict[str, str], name
 def check_score(rows: Sequence[Scores], conversations: dict[str, str], name: str) -> ScoreCheck:
     groups = [(row, [some for some in row.candidates if some.scores.get(name) is not None]) for row in rows]
     groups = [(row, some) for row, some in groups if some]
-    against = {key: rank_correlation([([each.scores[name] for each in some], [getattr(each, key) for each in some])
-                                      for _, some in groups]) for key in ("tokens", "leak", "paraphrase")}
     beaten = [all(each.scores[name] <= row.baseline[name] for each in some)
               for row, some in groups if name in row.baseline]
     (auc, ci), (passing, passing_ci) = (own_over_control(rows, conversations, name, only) for only in (False, True))
-    return ScoreCheck(auc=auc, auc_ci95=ci, auc_passing=passing, auc_passing_ci95=passing_ci, correlations=against,
+    return ScoreCheck(auc=auc, auc_ci95=ci, auc_passing=passing, auc_passing_ci95=passing_ci,
                       no_trace_wins=sum(beaten) / len(beaten) if beaten else None)
 
 
@@ -305,11 +292,9 @@ def print_summary(summary: Summary) -> None:
     print(f"leak detector: {summary.leaks} of {summary.candidates} candidates ({summary.quotes} quote, the others "
           f"paraphrase); all of a pair's in {summary.pairs_with_all_leaks} of {summary.pairs} pairs")
     for name, check in summary.checks.items():
-        follows = ", ".join(f"{key} {value:+.2f}" for key, value in check.correlations.items() if value is not None)
         loses = "" if check.no_trace_wins is None else f"; no trace is best in {check.no_trace_wins:.0%} of pairs"
         print(f"{name}: own trace over another pair's {common.format_rate(check.auc, check.auc_ci95)}, among those "
-              f"that pass {common.format_rate(check.auc_passing, check.auc_passing_ci95)}; "
-              f"follows {follows or 'nothing'}{loses}")
+              f"that pass {common.format_rate(check.auc_passing, check.auc_passing_ci95)}{loses}")
     if "judgements" in summary.calls:
         total = sum(summary.calls[key] for key in ("traces", "reconstructions", "judgements"))
         print(f"judge: {total} model calls for {summary.pairs} pairs, 2N + 1 each; "
@@ -329,7 +314,7 @@ def parse_args(argv: list[str] | None):
     add("--encoder", default="embedded", metavar="NAME", help="sentence encoder: 'embedded', a folder, a hub name")
     add("--judge", metavar="NAME", help="a local folder, a hub name or openai:NAME (unset: the reconstructor)")
     add("--max-action-tokens", **common.COUNT, default=24, help="tokens in a reconstruction")
-    add("--batch-size", **common.COUNT, default=32, help="pairs reconstructed at once")
+    add("--batch-size", **common.COUNT, default=64, help="pairs reconstructed at once")
     add("--tag", metavar="NAME", help="of a second set of candidates; all other settings are those of scores.jsonl")
     common.api_arguments(parser)
     args = parser.parse_args(argv)

@@ -270,7 +270,7 @@ def validate(policy: Policy, pairs: Sequence[Pair], pool: Sequence[Pair], count:
     because it hands the action over. is_leak, malformed, unfinished and tokens are over all.
     """
     args = policy.args
-    batches = common.batch_by_length(pairs, lambda pair: policy.local.length(policy.prompt(pair)), 16)
+    batches = common.batch_by_length(pairs, lambda pair: policy.local.length(policy.prompt(pair)), 2 * args.num_prompts)
     others = {pair.id: common.choose_negatives(pair, pool, args.negatives, "", args.seed) for pair in pairs}
     work = lambda batch: [policy.measure(pair, found, others[pair.id])
                           for pair, found in zip(batch, policy.rollout(batch, count, "validation"))]
@@ -308,7 +308,7 @@ def train(policy: Policy, base: Any, pairs: Sequence[Pair], held_out: Sequence[P
         checkpoint = None                                  # of other settings, whose adapter --overwrite has discarded
     model = policy.local.model = common.add_adapter(base, args.rank, args.seed, checkpoint or args.init_adapter)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=0.0, fused=True)
     first = int(checkpoint.name.partition("-")[2]) if checkpoint else 0
     if checkpoint:
         optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
@@ -376,22 +376,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("reward").add_argument
     add("--reward", choices=("contrast", "likelihood", "cosine"), help="unset: contrast for recon, likelihood for e2e")
     add("--negatives", **common.COUNT, default=3, help="other actions for the score contrast")
-    add("--paraphrase-weight", type=common.fraction, default=0.2, help="what a whole paraphrase costs, nats a token; "
+    add("--paraphrase-weight", type=common.fraction, default=0.5, help="what a whole paraphrase costs, nats a token; "
         "with --reward likelihood what quoting all 4-grams costs")
     add("--limit-cost", type=common.fraction, default=0.05, help="what running to the token limit costs, nats a token")
     add("--encoder", default="embedded", metavar="NAME", help="sentence encoder of the leak detector and the cosine")
     add = parser.add_argument_group("GRPO").add_argument
-    add("--steps", **common.COUNT, default=8, help="optimizer steps; 80 and more teach something")
+    add("--steps", **common.COUNT, default=6, help="optimizer steps; 80 and more teach something")
     add("--num-prompts", **common.COUNT, default=2, help="prompts a step")
     add("--num-generations", **common.COUNT, default=4, help="completions a prompt")
-    add("--max-new-tokens", **common.COUNT, default=80, help="e2e: in a completion; recon: as stage 2")
+    add("--max-new-tokens", **common.COUNT, default=56, help="e2e: in a completion; recon: as stage 2")
     add("--temperature", type=common.positive_float, default=0.7, help="e2e: as in stage 6; recon: as stage 2")
     add("--min-p", type=common.fraction, default=0.1, help="e2e: as in stage 6; recon: as stage 2")
     add("--lr", type=common.positive_float, default=1e-4, help="learning rate of AdamW")
     add("--warmup", **common.COUNT, default=5, help="steps over which the learning rate rises")
     add("--num-iterations", **common.COUNT, default=1, help="optimizer steps a rollout")
     add("--clip", type=common.positive_float, default=0.2, help="the ratio to the old policy counts within 1 ± CLIP")
-    add("--val-every", **common.COUNT, default=4, help="steps between looks at held-out pairs")
+    add("--val-every", **common.COUNT, default=3, help="steps between looks at held-out pairs")
     add("--save-every", **common.COUNT, default=4, help="steps between checkpoints")
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
         help="compute activations twice, so that long contexts fit")

@@ -43,7 +43,7 @@ from typing import Any, Literal
 import torch
 
 import common
-from common import Choice, Cost, LocalModel, Pair, Prompt, Row, Scores
+from common import Choice, Completion, Cost, LocalModel, Pair, Prompt, Row, Scores
 
 select_sft = importlib.import_module("04_select_sft")
 rl_train = importlib.import_module("05_rl_train")
@@ -52,17 +52,21 @@ ORDER = ("none", "backward", "guarded", "recon", "recon-grpo", "e2e-grpo", "shuf
 JUDGING = ("versus", "round_robin", "judge", "encoder", "margin", "api_omit")          # what no prediction depends on
 FITTING = ("rank", "epochs", "batch_size", "lr", "limit", "seed", "dtype", "four_bit")         # the same for all arms
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "report.html"
-Written = dict[str, dict[str, tuple[str | None, str]]]     # (trace, text) by arm and pair id
+Written = dict[str, dict[str, list[tuple[str | None, str]]]]      # (trace, text) of every answer, by arm and pair id
 What = Literal["actions", "reconstructions"]
+
+
+class Answer(Row):
+    trace: str | None
+    finished: bool                                         # the trace ended by itself
+    action: str
 
 
 class Prediction(Row):
     """predictions/ARM.jsonl"""
     id: str
-    trace: str | None
-    finished: bool                                         # the trace ended before the token limit
-    tokens: int                                            # in the traces that were sampled, and the action
-    action: str
+    answers: list[Answer]                                  # sampled independently, --num-actions of them
+    tokens: int                                            # that were sampled for them
     action_logprob: float                                  # see true_action_logprob
 
 
@@ -70,6 +74,7 @@ class Verdict(Row):
     """judgements.jsonl"""
     what: What
     pair: str
+    k: int                                                 # which of the pair's answers
     a: str                                                 # two arms
     b: str
     order: Literal["ab", "ba", "both"]                     # which was shown first; both: the judge is symmetric
@@ -82,7 +87,7 @@ class Verdict(Row):
 
 @torch.inference_mode()
 def true_action_logprob(local: LocalModel, pair: Pair, traces: Sequence[str | None]) -> float:
-    """Log of the true action's mean probability behind each of K traces that the user model wrote, nats a token.
+    """Log of the true action's mean probability behind K traces that the user model wrote, nats a token.
 
     The mean of probabilities, not of their logs: an estimate of log p(action | context) with the trace summed out. It
     lies below that, the further the fewer the traces (Jensen); for an arm without traces it is exact.
@@ -95,30 +100,38 @@ def true_action_logprob(local: LocalModel, pair: Pair, traces: Sequence[str | No
     return ((sums.logsumexp(0) - math.log(len(sums))) / len(action)).item()
 
 
-def act(local: LocalModel, pairs: Sequence[Pair], thinking: bool, args: argparse.Namespace) -> list[Prediction]:
-    """What the user model writes for each pair: --num-traces traces, and an action behind the first of them.
+def read_answer(completion: Completion, thinking: bool) -> Answer:
+    """A trace and the action behind it. One that did not end is cut to whole sentences, and has no action yet."""
+    if not thinking:
+        return Answer(trace=None, finished=True, action=common.clean_action(completion.text))
+    trace, closed, action = completion.text.partition(common.END_THINK.strip())
+    return Answer(trace=trace.strip() if closed else common.trace_of(completion), finished=bool(closed),
+                  action=common.clean_action(action))
 
-    A trace that is not finished within the limit is closed for the model, so that every arm answers every pair.
+
+def act(local: LocalModel, pairs: Sequence[Pair], thinking: bool, args: argparse.Namespace) -> list[Prediction]:
+    """What the user model writes for each pair: --num-actions times a trace of its own and an action behind it.
+
+    A trace that does not end is closed for the model, so that every arm answers every pair.
     """
-    prompts = [common.user_prompt(pair, thinking) for pair in pairs]
-    encoded = [common.encode_prompt(local.tokenizer, prompt) for prompt in prompts]
-    options, end = {"temperature": args.temperature, "min_p": args.min_p}, common.END_THINK.strip()
-    thoughts: list[list[str | None]] = [[None]] * len(pairs)
-    tokens = [0] * len(pairs)
-    finished, groups = [True] * len(pairs), [(ids[:-1], [ids[-1:]]) for ids in encoded]
-    if thinking:
-        seeds = [[common.stable_seed(args.seed, "think", pair.id, k) for k in range(args.num_traces)] for pair in pairs]
-        found = local.sample([[prompt] * args.num_traces for prompt in prompts], seeds, stop_text=end,
-                             max_new_tokens=args.max_trace_tokens, **options)
-        thoughts = [[one.text.partition(end)[0].strip() for one in group] for group in found]
-        finished, tokens = [group[0].finished for group in found], [sum(one.tokens for one in group) for group in found]
-        groups = [(ids, [common.close_trace(local.tokenizer, some[0])]) for ids, some in zip(encoded, thoughts)]
-    seeds = [common.stable_seed(args.seed, "act", pair.id) for pair in pairs]
-    actions = common.generate(local.model, local.tokenizer, groups, args.max_action_tokens, seeds, stop_text="\n",
-                              **options)
-    return [Prediction(id=pair.id, trace=some[0], finished=ended, action=common.clean_action(action.text),
-                       tokens=count + action.tokens, action_logprob=true_action_logprob(local, pair, some))
-            for pair, some, ended, count, action in zip(pairs, thoughts, finished, tokens, actions)]
+    count, tokenizer = args.num_actions, local.tokenizer
+    options = {"temperature": args.temperature, "min_p": args.min_p}
+    seeds = [[common.stable_seed(args.seed, "act", pair.id, k) for k in range(count)] for pair in pairs]
+    found = local.sample([[common.user_prompt(pair, thinking)] * count for pair in pairs], seeds,
+                         max_new_tokens=args.max_trace_tokens * thinking + args.max_action_tokens,
+                         stop_text=None if thinking else "\n", **options)                # [pair][k]
+    answers = [[read_answer(one, thinking) for one in group] for group in found]
+    if late := [(pair, answer) for pair, group in zip(pairs, answers) for answer in group if not answer.finished]:
+        groups = [(common.encode_prompt(tokenizer, common.user_prompt(pair, thinking)),
+                   [common.close_trace(tokenizer, answer.trace)]) for pair, answer in late]
+        seeds = [common.stable_seed(args.seed, "act", pair.id, answer.trace) for pair, answer in late]
+        actions = common.generate(local.model, tokenizer, groups, args.max_action_tokens, seeds, stop_text="\n",
+                                  **options)
+        for (_, answer), one in zip(late, actions):
+            answer.action = common.clean_action(one.text)
+    return [Prediction(id=pair.id, answers=group, tokens=sum(one.tokens for one in some),
+                       action_logprob=true_action_logprob(local, pair, [answer.trace for answer in group]))
+            for pair, group, some in zip(pairs, answers, found)]
 
 
 def act_all(args: argparse.Namespace, pairs: Sequence[Pair], arms: Sequence[str], load: Callable[[], LocalModel]
@@ -143,7 +156,7 @@ def act_all(args: argparse.Namespace, pairs: Sequence[Pair], arms: Sequence[str]
     return found, there, tokens
 
 
-def reconstructed(rows: Sequence[Scores], rule: str, score: str) -> dict[str, tuple[str | None, str]]:
+def reconstructed(rows: Sequence[Scores], rule: str, score: str) -> dict[str, list[tuple[str | None, str]]]:
     """(trace, reconstruction) by pair id, as stage 3 wrote them: those of the candidate that stage 4 would choose;
     of no trace for the arm none, of the control for shuffled. Empty if stage 3 wrote none; a pair without the score is
     left out."""
@@ -153,7 +166,7 @@ def reconstructed(rows: Sequence[Scores], rule: str, score: str) -> dict[str, tu
             continue
         k = None if rule in ("none", "shuffled") else select_sft.choose_candidate(rule, row, score)
         some = row.control if k is None else row.candidates[k]
-        found[row.id] = (None, row.baseline_reconstruction) if rule == "none" else (some.trace, some.reconstruction)
+        found[row.id] = [(None, row.baseline_reconstruction) if rule == "none" else (some.trace, some.reconstruction)]
     return found
 
 
@@ -222,18 +235,18 @@ def api_judge(api: common.ApiModel) -> Judge:
 
 def judge_pairs(judge: Judge, what: What, pairs: Sequence[Pair], texts: Written, comparisons: Sequence[tuple[str, str]]
                 ) -> list[Verdict]:
-    """A verdict for each pair, comparison (a, b) and order. Two equal texts tie unasked."""
+    """A verdict for each pair, answer, comparison (a, b) and order. Two equal texts tie unasked."""
     rows = []
     for pair in common.progress(pairs, f"judging {what}"):
-        asked = {(a, b, order): (texts[a][pair.id][1], texts[b][pair.id][1])[::-1 if order == "ba" else 1]
-                 for a, b in comparisons for order in judge.orders}
+        asked = {(k, a, b, order): (x[1], y[1])[::-1 if order == "ba" else 1] for a, b in comparisons
+                 for k, (x, y) in enumerate(zip(texts[a][pair.id], texts[b][pair.id])) for order in judge.orders}
         questions = sorted({question for question in asked.values() if question[0] != question[1]})
         answers = dict(zip(questions, judge.ask(pair, questions) if questions else []))
-        for (a, b, order), question in asked.items():
+        for (k, a, b, order), question in asked.items():
             answer = "tie" if question[0] == question[1] else answers[question]
             first, second = "ba" if order == "ba" else "ab"
             winner = {"first": first, "second": second}.get(answer, answer)
-            rows.append(Verdict(what=what, pair=pair.id, a=a, b=b, order=order, winner=winner))
+            rows.append(Verdict(what=what, pair=pair.id, k=k, a=a, b=b, order=order, winner=winner))
     return rows
 
 
@@ -242,7 +255,7 @@ def judge_pairs(judge: Judge, what: What, pairs: Sequence[Pair], texts: Written,
 
 class Rate(Row):
     """A win rate, ties as half, with its 95 % interval by conversation."""
-    n: int
+    n: int                                                 # answers; all of a pair weigh as much as they are
     win_rate: float | None = None
     ci95: list[float] | None = None
 
@@ -291,20 +304,22 @@ def sign_flip_p(points: Sequence[float], clusters: Sequence[str], seed: int) -> 
 
 def compare(verdicts: Sequence[Verdict], pairs: Sequence[Pair], texts: Written, seed: int) -> Comparison:
     """The statistics of one comparison from its verdicts."""
-    a, b = verdicts[0].a, verdicts[0].b
-    winners: dict[str, list[str | None]] = {}
+    a, b, by_id = verdicts[0].a, verdicts[0].b, {pair.id: pair for pair in pairs}
+    winners: dict[tuple[str, int], list[str | None]] = {}
     for row in verdicts:
-        winners.setdefault(row.pair, []).append(row.winner)
-    settled = {name: aggregate_orders(some) for name, some in winners.items()}
-    judged = [pair for pair in pairs if settled.get(pair.id, (None,))[0]]
+        winners.setdefault((row.pair, row.k), []).append(row.winner)
+    settled = {answer: aggregate_orders(some) for answer, some in winners.items()}
+    judged = [answer for answer, (verdict, _) in settled.items() if verdict]
     found = Comparison(what=verdicts[0].what, a=a, b=b, n=len(judged), unparsed=1 - len(judged) / len(settled))
     if not judged:
         return found
-    points = [{"a": 1.0, "tie": 0.5, "b": 0.0}[settled[pair.id][0]] for pair in judged]
-    conversations = [pair.conversation for pair in judged]
-    words = [[len(common.words_of(texts[arm][pair.id][1])) for arm in (a, b)] for pair in judged]
-    differ = [texts[a][pair.id][1] != texts[b][pair.id][1] for pair in judged]
-    flips = [settled[pair.id][1] for pair, other in zip(judged, differ) if other]
+    points = [{"a": 1.0, "tie": 0.5, "b": 0.0}[settled[answer][0]] for answer in judged]
+    mine = [by_id[name] for name, _ in judged]
+    conversations = [pair.conversation for pair in mine]
+    both = [[texts[arm][name][k][1] for arm in (a, b)] for name, k in judged]
+    words = [[len(common.words_of(text)) for text in pair] for pair in both]
+    differ = [x != y for x, y in both]
+    flips = [settled[answer][1] for answer, other in zip(judged, differ) if other]
 
     def rate(keep: Sequence[bool], values: Sequence[float] = points) -> Rate:
         some = [(value, cluster) for value, cluster, kept in zip(values, conversations, keep) if kept]
@@ -319,8 +334,8 @@ def compare(verdicts: Sequence[Verdict], pairs: Sequence[Pair], texts: Written, 
         "matched": rate([other and max(pair) <= 1.25 * min(pair) + 1 for other, pair in zip(differ, words)]),
         "longer_wins": rate([x != y for x, y in words],
                             [value if x > y else 1 - value for value, (x, y) in zip(points, words)]),
-        "by_person": {user: rate([pair.user == user for pair in judged])
-                      for user in sorted({pair.user for pair in judged})}})
+        "by_person": {user: rate([pair.user == user for pair in mine])
+                      for user in sorted({pair.user for pair in mine})}})
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -382,14 +397,14 @@ def find_warnings(comparisons: Sequence[Comparison], arms: dict[str, Any], args:
 def describe_arms(versus: str, comparisons: Sequence[Comparison], pairs: Sequence[Pair], texts: Written,
                   near: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
     """What results.json holds of each arm: its comparison with `versus`, and what its texts are like."""
-    described, words = {}, lambda some: sum(len(common.words_of(text or "")) for text in some) / len(pairs)
+    described, words = {}, lambda some: sum(len(common.words_of(text or "")) for text in some) / len(some)
     for arm, found in texts.items():
         row = next((row for row in comparisons if (row.a, row.b) == (arm, versus)), None)
-        traces, mine = zip(*(found[pair.id] for pair in pairs))
+        traces, mine = zip(*(answer for pair in pairs for answer in found[pair.id]))
         described[arm] = {
             "n": len(pairs), "versus": row and versus,
             **{key: row and getattr(row, key) for key in ("wins", "ties", "losses", "win_rate", "ci95", "p", "p_holm")},
-            "similarity": sum(near[arm]) / len(pairs), "distinct": len(set(mine)) / len(mine),
+            "similarity": sum(near[arm]) / len(mine), "distinct": len(set(mine)) / len(mine),
             "action_words": words(mine), "trace_words": words(traces)}
     return described
 
@@ -398,10 +413,11 @@ def describe_likelihood(pairs: Sequence[Pair], mine: dict[str, Prediction],
                         other: dict[str, Prediction]) -> dict[str, Any]:
     """The mean log p of the true action, its gain over that of `other`, and the share of traces that met the limit."""
     gains = [mine[pair.id].action_logprob - other[pair.id].action_logprob for pair in pairs]
+    ended = [answer.finished for pair in pairs for answer in mine[pair.id].answers]
     return {"action_logprob": sum(mine[pair.id].action_logprob for pair in pairs) / len(pairs),
             "action_logprob_gain": sum(gains) / len(gains),
             "action_logprob_gain_ci95": common.bootstrap_interval(gains, [pair.conversation for pair in pairs]),
-            "unfinished": sum(not mine[pair.id].finished for pair in pairs) / len(pairs)}
+            "unfinished": 1 - sum(ended) / len(ended)}
 
 
 def format_table(what: What, arms: dict[str, dict[str, Any]]) -> str:
@@ -428,12 +444,12 @@ def print_results(results: dict[str, Any]) -> None:
 
 def make_example(pair: Pair, place: int, texts: Written, near: dict[str, list[float]], verdicts: Sequence[Verdict],
                  row: Scores | None) -> dict[str, Any]:
-    """What the report shows of a pair: every arm's trace and action with its outcome, and the candidates."""
+    """What the report shows of a pair: every arm's first answer with its outcome, and the candidates."""
     arms = {}
     for arm, found in texts.items():
-        mine = [some.winner for some in verdicts if (some.pair, some.a) == (pair.id, arm)]
-        winner, _ = aggregate_orders(mine or [None])
-        arms[arm] = {"trace": found[pair.id][0], "action": found[pair.id][1], "similarity": near[arm][place],
+        mine = [some.winner for some in verdicts if (some.pair, some.k, some.a) == (pair.id, 0, arm)]
+        (winner, _), (trace, action) = aggregate_orders(mine or [None]), found[pair.id][0]
+        arms[arm] = {"trace": trace, "action": action, "similarity": near[arm][place * len(found[pair.id])],
                      "outcome": {"a": "win", "b": "loss"}.get(winner, winner)}
     return {"id": pair.id, "user": pair.user, "context": common.format_context(pair), "action": pair.action,
             "arms": arms, "scored": row and row.model_dump()}
@@ -453,10 +469,9 @@ def write_page(path: Path, template: Path, data: dict[str, Any]) -> None:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = common.stage_arguments(__doc__)
     add = parser.add_argument_group("acting").add_argument
-    add("--num-traces", **common.COUNT, default=2, help="traces a pair behind which the true "
-        "action's probability is averaged; the first is acted on")
+    add("--num-actions", **common.COUNT, default=1, help="answers a pair, each a trace of its own and an action")
     add("--max-trace-tokens", **common.COUNT, default=56, help="tokens in a trace and its closing tag")
-    add("--max-action-tokens", **common.COUNT, default=32, help="tokens in an action, at most")
+    add("--max-action-tokens", **common.COUNT, default=24, help="tokens in an action, at most")
     add("--temperature", type=common.positive_float, default=0.7, help="of traces and actions")
     add("--min-p", type=common.fraction, default=0.1, help="leave out tokens less likely than this times the likeliest")
     add("--batch-size", **common.COUNT, default=64, help="pairs at once")
@@ -535,8 +550,8 @@ def main(argv: list[str] | None = None) -> None:
     score = common.read_config(recon)["arguments"]["score"] if recon.is_file() else "masked_likelihood"
     rules = {arm: (None, arm) for arm in select_sft.ARMS} | {f"recon-{tag}": (tag, "guarded") for tag in tags}
     rebuilt = {arm: reconstructed(scores[tag], rule, score) for arm, (tag, rule) in rules.items()}
-    written = {"actions": {arm: {name: (row.trace, row.action) for name, row in rows.items()}
-                           for arm, rows in predictions.items()},
+    written = {"actions": {arm: {name: [(answer.trace, answer.action) for answer in row.answers]
+                                 for name, row in rows.items()} for arm, rows in predictions.items()},
                "reconstructions": {arm: found for arm, found in rebuilt.items() if found}}
     encoder = common.load_encoder(args.encoder)
     judge = (encoder_judge(encoder, args.margin) if args.judge == "encoder" else
@@ -550,7 +565,8 @@ def main(argv: list[str] | None = None) -> None:
             continue
         rows = judge_pairs(judge, what, some, texts, choose_comparisons(list(texts), versus, args.round_robin))
         statistics = compare_all(rows, some, texts, args.seed)
-        near[what] = {arm: common.cosines(encoder, [pair.action for pair in some], [found[pair.id][1] for pair in some])
+        near[what] = {arm: common.cosines(encoder, *zip(*((pair.action, text) for pair in some
+                                                          for _, text in found[pair.id])))
                       for arm, found in texts.items()}
         described[what] = describe_arms(versus, statistics, some, texts, near[what])
         verdicts, comparisons = verdicts + rows, comparisons + statistics

@@ -574,7 +574,9 @@ def add_adapter(model: Any, rank: int, seed: int, start_from: Path | None = None
     from peft import LoraConfig, PeftModel, get_peft_model         # here: seconds that a finished stage need not pay
 
     if start_from:
-        return PeftModel.from_pretrained(model, start_from, is_trainable=trainable).eval()
+        # Where nothing is trained, in the dtype of the base: a cast for every linear layer costs a sixth of a forward.
+        return PeftModel.from_pretrained(model, start_from, is_trainable=trainable,
+                                         autocast_adapter_dtype=trainable).eval()
     torch.manual_seed(seed)
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear",
                                             task_type="CAUSAL_LM")).eval()
@@ -621,8 +623,9 @@ def embed(encoder: tuple[Any, Any], texts: Sequence[str], batch: int = 64) -> to
 
 def cosines(encoder: tuple[Any, Any], truths: Sequence[str], texts: Sequence[str]) -> list[float]:
     """Cosine of each text with its true one, -1 to 1; -1 for an empty text."""
-    values = (embed(encoder, truths) * embed(encoder, texts)).sum(-1).tolist()
-    return [value if text else -1.0 for value, text in zip(values, texts)]
+    unique = list(dict.fromkeys([*truths, *texts]))                # one truth often has many texts
+    vectors = dict(zip(unique, embed(encoder, unique)))
+    return [(vectors[truth] @ vectors[text]).item() if text else -1.0 for truth, text in zip(truths, texts)]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # PROMPTS and LEXICON: edit these to fork. Every word that a model is told stands here, and every word that is matched.
@@ -939,17 +942,19 @@ def generate(model: Any, tokenizer: Any, groups: Sequence[tuple[list[int], list[
     device, prefixes = model.device, [prefix for prefix, _ in groups]
     check_window(model, max(len(prefix) + max(map(len, rest)) for prefix, rest in groups) + max_new_tokens)
     common = len(os.path.commonprefix(prefixes))
+    # Not logits_to_keep=1: that takes a slice, for which torch copies the output layer's weights once a row.
+    last = torch.tensor([-1], device=device)
     cache, mask = Cache(layer_class_to_replicate=RoomyLayer), torch.ones(1, 0, dtype=torch.long, device=device)
     if common:
         shared = torch.tensor([prefixes[0][:common]], device=device)                    # [1, common]
         mask = torch.ones_like(shared)
-        model(shared, past_key_values=cache, logits_to_keep=1)
+        model(shared, past_key_values=cache, logits_to_keep=last)
         cache.batch_repeat_interleave(len(groups))
     mask = mask.expand(len(groups), -1)                                                 # [groups, common]
     if max(map(len, prefixes)) > common:
         ids, real, positions = pad_left([prefix[common:] for prefix in prefixes], [common] * len(groups), device)
         mask = torch.cat([mask, real], 1)                                               # [groups, common + rest]
-        model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+        model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=last)
 
     owner = [g for g, (_, suffixes) in enumerate(groups) for _ in suffixes]
     rows = torch.tensor(owner, device=device)
@@ -967,7 +972,7 @@ def generate(model: Any, tokenizer: Any, groups: Sequence[tuple[list[int], list[
     completions = [Completion("", False, 0, []) for _ in owner]
     batch = list(range(len(owner)))                                                     # rows that are still computed
     for step in range(max_new_tokens):
-        output = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+        output = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=last)
         logits = output.logits[:, -1].float()                                           # [batch, vocabulary]
         if temperature > 0:
             probabilities = (logits / temperature).softmax(-1)
@@ -1201,7 +1206,8 @@ def likelihood_scores(local: LocalModel, pair: Pair, traces: Sequence[str], othe
     Also returns the mean log p of the action without a trace. Means, because a product over a long action collapses
     (VeriFree, RLPR and NOVER meet the same problem).
     """
-    tokenizer, context, actions = local.tokenizer, format_context(pair), [pair.action, *others]
+    # With the space that follows every name in the context: without it the first token would be an unlikely one.
+    tokenizer, context, actions = local.tokenizer, format_context(pair), [f" {text}" for text in (pair.action, *others)]
     prompts = [with_trace("transcript", trace, context=context, setting=one_line(pair.setting or SETTING))
                for trace in (None, *traces)]
     prefix, stems = split_prefix([encode_prompt(tokenizer, prompt) for prompt in prompts])

@@ -28,8 +28,8 @@ ARMS = "none,backward,guarded,recon,shuffled,longest,worst"
 KEPT = ("arms", "reconstructions", "comparisons", "judge", "versus", "chosen_by", "warnings", "data")
 
 
-def stages(limit: int = 44, val_share: float = 0.1, test_share: float = 0.55,
-           arms: str = "none,backward,guarded,recon", steps: int = 8, num_prompts: int = 2, num_generations: int = 4,
+def stages(limit: int = 44, val_share: float = 0.05, test_share: float = 0.72,
+           arms: str = "none,backward,guarded,recon", steps: int = 6, num_prompts: int = 2, num_generations: int = 4,
            acting: tuple[str, ...] = ()) -> list[list[str]]:
     """The commands of the whole loop, in order; the defaults are those of the stages."""
     grpo = ["--steps", str(steps), "--num-prompts", str(num_prompts), "--num-generations", str(num_generations)]
@@ -56,7 +56,7 @@ def rounded(value: Any) -> Any:
 def main(argv: list[str] | None = None) -> None:
     parser = speed.make_parser(
         __doc__, limit=(156, "pairs in all"), steps=(8, "of GRPO, for each objective"), num_prompts=(2, "a GRPO step"),
-        num_generations=(4, "completions a prompt in GRPO"), num_traces=(4, "traces a held-out pair in stage 6"))
+        num_generations=(4, "completions a prompt in GRPO"), num_actions=(4, "answers a held-out pair in stage 6"))
     add = parser.add_argument
     add("--run", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="folder of the run")
     add("--model", default="embedded", metavar="NAME", help="as in the stages")
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--val-share", type=common.fraction, default=0.06, help="as in stage 1")
     add("--test-share", type=common.fraction, default=0.68, help="as in stage 1")
     args = parser.parse_args(argv)
-    acting = ("--num-traces", str(args.num_traces), "--judge", args.judge)
+    acting = ("--num-actions", str(args.num_actions), "--judge", args.judge)
     for command in stages(args.limit, args.val_share, args.test_share, args.arms, args.steps, args.num_prompts,
                           args.num_generations, acting):
         run_program(*command, "--run", str(args.run), "--model", args.model)

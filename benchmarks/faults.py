@@ -50,7 +50,7 @@ STAGES = {
     "05 e2e": ["05_rl_train.py", "--objective", "e2e", "--steps", "4", "--save-every", "2", "--rank", "4",
                "--max-new-tokens", "12"],
     "06": ["06_evaluate.py", "--max-trace-tokens", "12", "--max-action-tokens", "12", "--batch-size", "3",
-           "--num-traces", "1", "--judge", "MODEL"],
+           "--num-actions", "1", "--judge", "MODEL"],
 }
 
 

@@ -330,7 +330,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         optimizer.zero_grad()
 
     def fitting() -> None:
-        fit.completion_loss(model, (ids(args.context), ids(args.trace + args.action)), 1, checkpointing=True).backward()
+        fit.completion_loss(model, [(ids(args.context), ids(args.trace + args.action))], 1, checkpointing=True).backward()
         step()
 
     def judging(stage: str) -> None:

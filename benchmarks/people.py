@@ -67,7 +67,8 @@ class Judged(NamedTuple):
 
 def read_texts(run: Path) -> Texts:
     files = sorted((run / "predictions").glob("*.jsonl"))
-    return {path.stem: {row.id: row.action for row in common.read_rows(path, evaluate.Prediction)} for path in files}
+    return {path.stem: {row.id: row.answers[0].action for row in common.read_rows(path, evaluate.Prediction)}
+            for path in files}
 
 
 def show_item(pair: Pair, texts: Texts, a: str, b: str, first: str) -> dict[str, str]:
@@ -155,7 +156,7 @@ def compare_people(run: Path, files: Sequence[Path]) -> dict[str, Any]:
     pairs = {pair.id: pair for pair in common.read_rows(run / "pairs.jsonl", Pair, "01_prepare.py")}
     winners: dict[tuple[str, str, str], list[str | None]] = defaultdict(list)
     for row in common.read_rows(run / "judgements.jsonl", evaluate.Verdict, "06_evaluate.py"):
-        if row.what == "actions":
+        if row.what == "actions" and row.k == 0:
             winners[row.pair, row.a, row.b].append(row.winner)
     found, with_judge, handed_in = {"raters": len(files), "labels": 0, "outdated": 0, "not_judged": 0}, [], set()
     raters: list[dict[str, tuple[str, str]]] = [{} for _ in files]       # (conversation, verdict) by what was shown

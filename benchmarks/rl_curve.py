@@ -136,7 +136,7 @@ def expert_iteration(run: Path, seed: int, local: LocalModel, encoder: Any, trai
     count, kept, adapter = args.steps * args.num_prompts // args.rounds, [], None
     by_id, tokenizer = {pair.id: pair for pair in train}, local.tokenizer
     fitting = argparse.Namespace(rank=16, seed=seed, lr=args.expert_lr, epochs=2, batch_size=args.num_prompts,
-                                 checkpointing=torch.cuda.is_available())
+                                 checkpointing=torch.cuda.is_available(), row_tokens=1024)
     order: list[Pair] = []
     while len(order) < count * args.rounds:
         order += random.Random(common.stable_seed(seed, "expert", len(order))).sample(list(train), len(train))

@@ -96,7 +96,7 @@ def test_planted_traces_and_those_of_real_pairs_get_every_score(tiny, encoder, m
 
 
 def test_the_commands_of_the_whole_loop_are_understood_by_the_stages(stage):
-    for script, *settings in evaluation.stages(acting=("--num-traces", "4", "--judge", "encoder")):
+    for script, *settings in evaluation.stages(acting=("--num-actions", "4", "--judge", "encoder")):
         assert stage(script.removesuffix(".py")).parse_args(settings)
 
 

@@ -11,7 +11,7 @@ from test_training import SCORE, make_scores, stage
 import common
 
 evaluate = stage("06_evaluate")
-EVALUATE = "06_evaluate --max-trace-tokens 6 --max-action-tokens 6"
+EVALUATE = "06_evaluate --max-trace-tokens 6 --max-action-tokens 6 --num-actions 2"
 ARMS = ["none", "backward", "guarded", "recon", "recon-grpo", "e2e-grpo", "shuffled"]
 
 
@@ -57,6 +57,15 @@ def test_the_true_action_is_as_likely_as_on_average_behind_the_models_own_traces
     assert evaluate.true_action_logprob(tiny, pair, traces) == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("text, finished, trace, action", [
+    ("Sam is sad.\n</think>\nSam: oh no\nmore", True, "Sam is sad.", "oh no"),
+    ("Sam is sad. Sam wants to", False, "Sam is sad.", ""), ("Sam is", True, "Sam is", "")])
+def test_an_answer_is_a_trace_and_what_follows_it_and_an_open_trace_is_cut_to_whole_sentences(
+        text, finished, trace, action):
+    found = evaluate.read_answer(common.Completion(text, finished, 9, []), True)
+    assert (found.trace, found.finished, found.action) == (trace, "</think>" in text, action)
+
+
 def test_reconstructions_are_those_of_the_candidates_that_an_arm_chooses():
     """Of no trace for none, of the control for shuffled; a pair without the score is left out where it chooses."""
     row = make_scores("c/1", [0.1, 0.9, 0.4], [0.4, 0, 0])
@@ -66,9 +75,9 @@ def test_reconstructions_are_those_of_the_candidates_that_an_arm_chooses():
     missing = make_scores("c/2", [None]).model_copy(update={"baseline_reconstruction": ""})
     rules = ("none", "backward", "guarded", "recon", "shuffled")
     found = {rule: evaluate.reconstructed([row, missing], rule, SCORE) for rule in rules}
-    assert {rule: rows["c/1"][1] for rule, rows in found.items()} == {
+    assert {rule: rows["c/1"][0][1] for rule, rows in found.items()} == {
         "none": "nothing", "backward": "r0", "guarded": "r1", "recon": "r1", "shuffled": "other"}
-    assert found["none"]["c/1"][0] is None and found["recon"]["c/1"][0] == "Sam is c/1 1."
+    assert found["none"]["c/1"][0][0] is None and found["recon"]["c/1"][0][0] == "Sam is c/1 1."
     assert [rule for rule, rows in found.items() if "c/2" in rows] == ["none", "backward", "shuffled"]
     row.baseline_reconstruction = None
     assert evaluate.reconstructed([row, missing], "none", SCORE) == {}
@@ -84,9 +93,10 @@ def test_every_arm_acts_on_every_test_pair_and_only_the_train_split_is_learnt_fr
     assert set(results["reconstructions"]) == {*ARMS, "longest", "worst"} - {"e2e-grpo"}
     for arm, row in results["arms"].items():
         rows = common.read_rows(finished / "predictions" / f"{arm}.jsonl", evaluate.Prediction)
-        assert {each.id for each in rows} == set(test) and all((each.trace is None) == (arm == "none") for each in rows)
+        assert {each.id for each in rows} == set(test) and all(
+            (answer.trace is None) == (arm == "none") for each in rows for answer in each.answers)
         assert row["versus"] == (None if arm == "backward" else "backward")
-        assert arm == "backward" or row["wins"] + row["ties"] + row["losses"] == row["n"] == len(test)
+        assert arm == "backward" or row["wins"] + row["ties"] + row["losses"] == 2 * row["n"] == 2 * len(test)
     assert {"scores.grpo.jsonl", "models/e2e-grpo/adapter_model.safetensors"} < results["config"]["inputs"].keys()
     compared = {(row["what"], row["a"], row["b"]) for row in results["comparisons"]}
     assert {("actions", "recon-grpo", "guarded"), ("reconstructions", "recon", "shuffled")} < compared
@@ -125,7 +135,7 @@ def test_another_comparison_judges_anew_the_same_texts_without_acting_anew(run, 
     for row in common.read_rows(run / "scores.grpo.jsonl", common.Scores):
         passing = [(some.trace, some.reconstruction) for some in row.candidates if not some.is_leak]
         if passing and row.id in told["actions"]["none"]:
-            assert told["reconstructions"]["recon-grpo"][row.id] == passing[0]
+            assert told["reconstructions"]["recon-grpo"][row.id] == passing[:1]
 
 
 def test_language_models_judge_in_both_orders_and_one_that_says_a_alone_flips(run, tiny_folder, loopback):

@@ -37,10 +37,11 @@ def run(tmp_path):
         for place, name in enumerate(names)])
     for arm in ("backward", "recon", "none"):
         write_rows(tmp_path / "predictions" / f"{arm}.jsonl", [
-            {"id": name, "trace": None, "finished": True, "tokens": 9, "action": f"message {len(arm)}{place} {HOSTILE}",
-             "action_logprob": -1.0} for place, name in enumerate(names)])
+            {"id": name, "tokens": 9, "action_logprob": -1.0, "answers": [
+                {"trace": None, "finished": True, "action": f"message {len(arm)}{place} {HOSTILE}"}]}
+            for place, name in enumerate(names)])
     write_rows(tmp_path / "judgements.jsonl", [
-        {"what": "actions", "pair": name, "a": arm, "b": "backward", "order": order,
+        {"what": "actions", "pair": name, "k": 0, "a": arm, "b": "backward", "order": order,
          "winner": "ab"[place % 2 if place % 5 else order == "ba"]}                  # each fifth pair is a tie
         for place, name in enumerate(names) for arm in ("recon", "none") for order in ("ab", "ba")])
     people.main(["--run", str(tmp_path), "--sheet", "10"])

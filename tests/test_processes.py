@@ -93,7 +93,7 @@ def test_losses_of_fitting_and_of_grpo_agree_between_one_and_two_processes(runs,
             local = common.load_model(str(tiny_folder), False, "float32")
             adapted = common.add_adapter(local.model, 0, 0, run / "models" / arm, trainable=False)
             example = fit.user_example(local.tokenizer, make_pair(), "Sam feels tired.")
-            losses += [fit.completion_loss(adapted, example, len(example[1])).item()]
+            losses += [fit.completion_loss(adapted, [example], len(example[1])).item()]
         assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
 

@@ -43,7 +43,8 @@ def test_likelihood_scores_equal_the_differences_of_plain_forwards(tiny):
         before = common.encode_prompt(tiny.tokenizer, prompt)
         return slow_logprobs(tiny.model, before, common.encode_data(tiny.tokenizer, action))
 
-    assert plain == pytest.approx(slow(None, pair.action).mean().item(), abs=1e-4)
+    actions = [f" {action}" for action in actions]             # as in "Sam: text"
+    assert plain == pytest.approx(slow(None, actions[0]).mean().item(), abs=1e-4)
     for trace, scores in zip(traces, found):
         gains = [slow(trace, action) - slow(None, action) for action in actions]
         own, one, other = [(gain * torch.tensor(mask_of(tiny.tokenizer, trace, action, context))).mean().item()
@@ -119,13 +120,6 @@ def test_every_row_of_stage_3_holds_reconstructions_of_its_traces_of_none_and_of
         assert row.control.scores.keys() == {"likelihood", "masked_likelihood", "contrast", "embedding"}
         assert row.baseline.keys() == row.control.scores.keys() | {"action_logprob"}
     assert not rows
-
-
-def test_rank_correlation_is_pearson_on_ranks_within_groups(stage):
-    correlation = stage("03_reconstruct_score").rank_correlation
-    assert correlation([([1, 2], [20, 10]), ([300, 100, 200], [1, 3, 2])]) == pytest.approx(-1)   # levels do not matter
-    assert correlation([([1, 1, 5], [3, 9, 4])]) == pytest.approx(0) and correlation([([1, 1], [1, 2])]) is None
-    assert correlation([([1, 2, 3, 3], [2, 1, 9, 7])]) == pytest.approx(3.5 / (4.5 * 5) ** 0.5)
 
 
 def test_own_over_control_is_the_share_of_comparisons_won_and_leaves_out_leaks_on_request(stage):

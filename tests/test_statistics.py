@@ -20,7 +20,7 @@ def some_pairs(count: int) -> list[common.Pair]:
 
 
 def distinct_texts(pairs):
-    return {arm: {pair.id: (None, f"{arm} {i}") for i, pair in enumerate(pairs)} for arm in ("recon", "backward")}
+    return {arm: {pair.id: [(None, f"{arm} {i}")] for i, pair in enumerate(pairs)} for arm in ("recon", "backward")}
 
 
 def judged(pairs, texts, answer):
@@ -46,7 +46,7 @@ def test_a_judge_that_prefers_the_longer_text_is_exposed_by_the_length_matched_r
     for place, pair in enumerate(pairs):
         words = numbers.randint(4, 9)
         length = [2 * words + 4, 2 * words + 4, words + 1, words - 1, words][place % 5]
-        texts["recon"][pair.id], texts["backward"][pair.id] = (None, "recon " * length), (None, "other " * words)
+        texts["recon"][pair.id], texts["backward"][pair.id] = [(None, "recon " * length)], [(None, "other " * words)]
     longer = lambda one, two: ["tie", "first", "second"][(len(one) > len(two)) - (len(one) < len(two))]
     row = judged(pairs, texts, longer)
     assert (row.win_rate, row.longer_wins.n, row.longer_wins.win_rate, row.flip_rate) == (0.7, 32, 1.0, 0.0)
@@ -67,6 +67,15 @@ def test_orders_that_disagree_are_a_tie_and_a_missing_answer_counts_nowhere():
     assert row.flip_rate == pytest.approx(1 / 3) and row.by_person["bo"].n + row.by_person["ann"].n == 3
     row = judged(pairs, distinct_texts(pairs), lambda first, second: None)
     assert (row.n, row.unparsed, row.win_rate, row.p) == (0, 1.0, None, None)
+
+
+def test_the_answers_of_a_pair_are_averaged_before_the_interval():
+    """One of the two answers wins in every pair, so no conversation differs from another."""
+    pairs = some_pairs(16)
+    both = lambda arm: [(None, f"{arm} good"), (None, f"{arm} bad")]
+    texts = {arm: {pair.id: both(arm) for pair in pairs} for arm in ("recon", "backward")}
+    row = judged(pairs, texts, lambda first, second: "first" if (first < second) == ("good" in first) else "second")
+    assert (row.n, row.wins, row.losses, row.win_rate) == (32, 16, 16, 0.5) and row.ci95 == [0.5, 0.5]
 
 
 def test_equal_texts_tie_unasked_and_hide_neither_flips_nor_lengths():

@@ -127,12 +127,32 @@ def test_the_loss_covers_exactly_trace_action_and_end_token(tiny, trace):
     assert tiny.tokenizer.decode(prompt).endswith("<|im_start|>assistant\n" + ("<think>\n" if trace else ""))
     labels = torch.tensor([[-100] * len(prompt) + completion])
     expected = tiny.model(torch.tensor([prompt + completion]), labels=labels).loss
-    torch.testing.assert_close(sft.completion_loss(tiny.model, (prompt, completion), len(completion)), expected)
+    torch.testing.assert_close(sft.completion_loss(tiny.model, [(prompt, completion)], len(completion)), expected)
+
+
+def test_examples_in_one_row_have_the_loss_and_the_gradients_of_each_alone(tiny, numbers):
+    model = common.add_adapter(tiny.model, 4, 0)
+    examples = [(random_ids(numbers, 2, 9), random_ids(numbers, 1, 7)) for _ in range(5)]
+    examples += [([*examples[0][0], 7], [9])]                                # begins as another one does
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in weights:
+        torch.nn.init.normal_(weight, std=0.1)
+    packed, alone = (torch.autograd.grad(sum(sft.completion_loss(model, row, 3) for row in rows), weights)
+                     for rows in (sft.fill_rows(examples, 40), [[example] for example in examples]))
+    for one, other in zip(packed, alone):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_are_filled_in_order_up_to_their_room_and_a_longer_example_stands_alone(numbers):
+    examples = [([0] * numbers.randint(1, 30), [0]) for _ in range(40)]
+    rows, size = sft.fill_rows(examples, 25), lambda row: sum(len(prompt) + 1 for prompt, _ in row)
+    assert sum(rows, []) == examples and all(size(row) <= 25 or len(row) == 1 for row in rows)
+    assert all(size([*row, after[0]]) > 25 for row, after in zip(rows, rows[1:]))
 
 
 def test_fitting_moves_the_adapter_lowers_the_loss_and_leaves_the_base_bit_identical(tiny):
     before = {name: weight.clone() for name, weight in tiny.model.state_dict().items()}
-    args = Namespace(rank=4, epochs=10, batch_size=2, lr=1e-2, seed=0, checkpointing=False)
+    args = Namespace(rank=4, epochs=10, batch_size=2, lr=1e-2, seed=0, checkpointing=False, row_tokens=300)
     pairs = [make_pair(action=f"number {i} is my answer") for i in range(4)]
     examples = [sft.user_example(tiny.tokenizer, pair, "Sam counts") for pair in pairs]
     model, losses = sft.fit_user_model(tiny.model, examples, args, "recon")
@@ -169,7 +189,7 @@ def test_checkpointed_activations_give_the_same_gradients_and_keep_less(tiny, nu
         held = []
         keep = lambda tensor: held.append(tensor.numel()) or tensor
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = sft.completion_loss(model, example, 3, checkpointing)
+            loss = sft.completion_loss(model, [example], 3, checkpointing)
         gradients.append(torch.autograd.grad(loss, weights))
         kept.append(sum(held))
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
