@@ -10,7 +10,7 @@ from conftest import ROOT, make_pair, make_run, random_ids, release, run_stages
 from transformers import Qwen3ForCausalLM
 
 import common
-from benchmarks import cost, evaluation, memory, profiling, rl_curve, scoring
+from benchmarks import cost, evaluation, memory, profiling, readers, rl_curve, scoring
 
 SIZES = {"shape": "tiny", "judge": "tiny", "context": 30, "trace": 6, "action": 4, "n": 2, "group": 2, "pairs": 1}
 
@@ -142,3 +142,61 @@ def test_a_profile_counts_operations_by_section(tiny, tiny_folder, tmp_path):
     prompt = tiny.length(common.synthesis_prompt(common.read_rows(run / "pairs.jsonl", common.Pair)[0]))
     assert found["operations"] == {"prefill": 2 * body * (prompt - 1 + 2) + 2 * output * (1 + 2)}
     assert min(found["seconds"][name] for name in ("imports", "loading", "prefill", "rest")) > 0
+
+
+def read_by_hand(patterns, control, times=1.0):
+    """A row a pattern of (scores, paraphrases, leaks), each of a conversation of its own."""
+    some = lambda value, near, leak: {"trace": "t", "finished": True, "tokens": 9, "leak": float(leak), "is_leak": leak,
+                                      "paraphrase": near, "scores": dict.fromkeys(readers.SCORES, times * value)}
+    other = common.Control(id="other", **some(control, 0.0, False))
+    return [common.Scores(id=str(p), baseline={}, calls={}, control=other.model_copy(deep=True),
+                          candidates=[common.Scored(**some(*one)) for one in zip(*pattern)])
+            for p, pattern in enumerate(patterns)]
+
+
+def test_readers_agree_within_pairs_and_gains_and_ties_are_counted_by_hand():
+    # Six pairs in which both readers follow the paraphrase, two in which they disagree, one of leaks alone.
+    near, flat, passing, leaks = [0.0, 0.1, -0.1, 0.0], [0.5] * 4, [False] * 3 + [True], [True] * 4
+    same, turned = [0.0, 1.0, -1.0, 8.0], [0.0, -1.0, 1.0, 8.0]
+    last = (same, near, leaks)
+    one = read_by_hand([(same, near, passing)] * 6 + [(same, flat, passing)] * 2 + [last], -0.5)
+    other = read_by_hand([(same, near, passing)] * 6 + [(turned, flat, passing)] * 2 + [last], 1.0)
+    where = {row.id: row.id for row in one}
+    found = readers.agreement(one, other, where, "contrast", True)
+    assert found["traces"] == 24 and found["correlation"]["r"] == pytest.approx((6 * 2 - 2 * 2) / (8 * 2))
+    assert found["partial"]["r"] == pytest.approx(-1.0)    # what paraphrase explains is all that they agree on
+    low, high = found["correlation"]["ci95"]
+    assert -1 <= low < 0.5 < high <= 1
+    everything = readers.agreement(one, other, where, "contrast", False)
+    assert everything["traces"] == 36 and everything["correlation"]["r"] == pytest.approx((7 * 50 + 2 * 46) / (9 * 50))
+
+    for heard, gain in (([one], 1.0), ([other], (6 - 2) / 8), ([one, other], 0.75)):
+        found = readers.choice_gain(one, heard, where, "contrast")
+        assert found["pairs"] == 8 and found["over_mean"]["gain"] == pytest.approx(gain)
+        assert found["over_first"]["gain"] == pytest.approx(gain)      # the first trace's score is the mean
+    larger = read_by_hand([(same, near, passing)] * 6 + [(same, flat, passing)] * 2 + [last], -0.5, 1000.0)
+    tables = readers.summarise({"one": one, "other": other, "larger": larger}, where)["auc"]["contrast"]
+    assert tables["one"]["auc"] == tables["one+larger"]["auc"] == pytest.approx(2 / 3)
+    assert tables["other"]["auc"] == pytest.approx(0.5 / 3)            # a tie is half
+    assert readers.pool(one, larger)[0].candidates[3].scores["contrast"] == pytest.approx(
+        readers.pool(one, one)[0].candidates[3].scores["contrast"])    # no reader counts more than another
+
+
+def test_every_reader_scores_the_same_traces_once(tiny, encoder, tmp_path):
+    run = make_run(tmp_path, 0, 0, 8)
+    pairs = common.read_rows(run / "pairs.jsonl", common.Pair)
+    traces = [common.Candidate(trace=f"Sam likes {word}.", finished=True, tokens=5) for word in ("tea", "rain")]
+    found = {pair.id: common.Candidates(id=pair.id, candidates=traces) for pair in pairs}
+    (run / "candidates.jsonl").write_text("")
+    work = readers.scoring.prepare_work(encoder, pairs, found, 4, 0)
+    outputs = {name: readers.open_scores(run, f"models/{name}", 0) for name in ("a", "b")}
+    for output in outputs.values():
+        readers.read_traces(tiny, encoder, work, output, "reading")
+    again = readers.open_scores(run, "models/a", 0)
+    assert again.has(work) and (run / "scores.a.jsonl").is_file()
+    readers.read_traces(None, encoder, work, again, "reading")         # nothing is left to read
+    table = readers.summarise({name: [output.rows[item.id] for item in work] for name, output in outputs.items()},
+                              {pair.id: pair.conversation for pair in pairs})
+    assert table["pairs"] == table["conversations"] == 8
+    assert table["correlation"]["contrast"]["a+b"]["all"]["correlation"]["r"] == pytest.approx(1.0)
+    assert {*table["auc"]["contrast"]} == {"a", "b", "a+b"}
