@@ -40,7 +40,9 @@ import common
 from common import Choice, Pair, Scores
 
 ARMS = ("none", "backward", "guarded", "recon", "shuffled", "longest", "worst")
-TIE_TOLERANCE = 2e-5                           # scores no further apart are a tie: so much, rounding can move them
+# Scores no further apart are a tie: so much rounding moves them in float32. In bfloat16 it is a hundredth of a nat, and
+# a tolerance as wide would take half of the choice away; there a choice is repeated because its scores are kept.
+TIE_TOLERANCE = 2e-5
 Example = tuple[list[int], list[int]]          # (prompt ids, completion ids)
 
 

@@ -18,10 +18,10 @@ Two things are compared, each against the arm --versus: `actions` that the fitte
 The first is the paper's question; the second asks of the traces alone whether they say enough.
 
 The judge sees the context, the true action and two others. `encoder` (default): the closer in cosine wins, closer by
-less than --margin is a tie; it is symmetric. A language model is asked in both orders, and a pair where the orders
-disagree is a tie. A win rate counts a tie as half a win. Its 95 % interval is a bootstrap over conversations
-(common.bootstrap_interval), because pairs of one conversation are not independent; p is the two-sided sign-flip test
-that flips whole conversations.
+less than --margin is a tie; it is symmetric, as is `chrf`, which compares spelling alone. A language model is asked in
+both orders, and where they disagree it is a tie. With --num-actions 4 the outcomes of a pair are averaged. A win rate
+counts a tie as half a win. Its 95 % interval is a bootstrap over conversations (common.bootstrap_interval), because
+pairs of one conversation are not independent; p is the two-sided sign-flip test that flips whole conversations.
 
 Departures from the paper: its judge is a language model that agrees with people in 77 % of comparisons (as reported in
 a summary of the paper); an encoder sees topic and wording, less of style and values. The controls are ours.
@@ -183,15 +183,22 @@ class Judge:
     ask: Callable[[Pair, list[tuple[str, str]]], list[str | None]]
 
 
-def encoder_judge(encoder: Any, margin: float) -> Judge:
-    """The text with the higher cosine to the true action wins."""
+def similarity_judge(name: str, encoder: Any, margin: float) -> Judge:
+    """The text that is nearer to the true action wins: 'encoder' by cosine, 'chrf' by shared character sequences.
+
+    chrF (Popović 2015, doi 10.18653/v1/W15-3049) knows nothing of meaning, and nothing of the leak detector's encoder.
+    """
+    from sacrebleu import sentence_chrf                    # here: half a second that a finished stage need not pay
+
     def ask(pair: Pair, questions: list[tuple[str, str]]) -> list[str | None]:
         texts = sorted({text for question in questions for text in question})
-        near = dict(zip(texts, common.cosines(encoder, [pair.action] * len(texts), texts)))
+        values = (common.cosines(encoder, [pair.action] * len(texts), texts) if name == "encoder" else
+                  [sentence_chrf(text, [pair.action]).score / 100 for text in texts])
+        near = dict(zip(texts, values))
         leads = [near[first] - near[second] for first, second in questions]
         return ["tie" if abs(lead) < margin else "first" if lead > 0 else "second" for lead in leads]
 
-    return Judge("encoder", ("both",), ask)
+    return Judge(name, ("both",), ask)
 
 
 def comparison_prompt(pair: Pair, question: tuple[str, str]) -> Prompt:
@@ -478,9 +485,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("judging").add_argument
     add("--versus", default="backward", metavar="ARM", help="the arm that all others are compared with")
     add("--round-robin", action="store_true", help="compare all arms with one another")
-    add("--judge", default="encoder", metavar="NAME", help="'encoder', or a language model as --model names it")
+    add("--judge", default="encoder", metavar="NAME", help="'encoder', 'chrf', or a language model as --model names "
+        "it")
     add("--encoder", default="embedded", metavar="NAME", help="sentence encoder of the judge and of the similarities")
-    add("--margin", type=common.fraction, default=0.02, help="cosines closer than this are a tie")
+    add("--margin", type=common.fraction, default=0.02, help="similarities closer than this are a tie")
     common.api_arguments(parser)
     return parser.parse_args(argv)
 
@@ -554,7 +562,7 @@ def main(argv: list[str] | None = None) -> None:
                                  for name, row in rows.items()} for arm, rows in predictions.items()},
                "reconstructions": {arm: found for arm, found in rebuilt.items() if found}}
     encoder = common.load_encoder(args.encoder)
-    judge = (encoder_judge(encoder, args.margin) if args.judge == "encoder" else
+    judge = (similarity_judge(args.judge, encoder, args.margin) if args.judge in ("encoder", "chrf") else
              api_judge(api) if api else local_judge(args.judge, load(args.judge)))
     verdicts, comparisons, near, described = [], [], {}, {"actions": {}, "reconstructions": {}}
     for what, texts in written.items():

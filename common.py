@@ -416,7 +416,8 @@ def end_stage(args: argparse.Namespace, stage: str, rows_in: int, rows_out: int,
         tokens=tokens, requests=requests, api_tokens=sum(api.tokens for api in apis))])
     print(f"{stage}: {rows_in} rows in, {rows_out} out, {skipped} skipped, {seconds:.0f} s, "
           f"{tokens / max(seconds, 1e-9):,.0f} tokens/s" + (f", {requests:,} requests to a server" if apis else ""))
-    print_next(args, following)
+    if not apis or rows_out == rows_in:                            # else rows are missing, and the stage fails
+        print_next(args, following)
 
 def print_next(args: argparse.Namespace, following: str) -> None:
     """Print the command that comes next."""
@@ -1243,7 +1244,8 @@ class Answer(Row):
 def api_address() -> str:
     """OPENAI_BASE_URL, or OpenAI's own. It is kept in configs, so an address that may hold a secret fails."""
     base, key = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1").strip(), os.environ.get("OPENAI_API_KEY")
-    if "@" in base or "?" in base or (key and key in base) or not base.startswith(("http://", "https://")):
+    plain = re.fullmatch(r"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?(/[^\s@?]*)?", base)
+    if not plain or (key and key in base):
         fail("OPENAI_BASE_URL must be a plain http(s) address; a key belongs into OPENAI_API_KEY and nowhere else")
     return base.rstrip("/")
 

@@ -330,7 +330,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         optimizer.zero_grad()
 
     def fitting() -> None:
-        fit.completion_loss(model, [(ids(args.context), ids(args.trace + args.action))], 1, checkpointing=True).backward()
+        example = ids(args.context), ids(args.trace + args.action)
+        fit.completion_loss(model, [example], 1, checkpointing=True).backward()
         step()
 
     def judging(stage: str) -> None:

@@ -12,7 +12,8 @@ and the gain weighted by how much each token's log-prob varies over the pair's t
 
 Planted traces (tests/data): items with a cause, a justification that would fit many actions, and a leak; another item's
 cause is the fourth trace. `planted` was in view when the detector's threshold was chosen, `planted_fresh` was written
-and run afterwards. Prints one JSON object last.
+and run afterwards. `rounding`: how far a planted trace's score moves when its neighbours in the row stand in another
+order, nats a token; no choice between two traces that are nearer means anything. Prints one JSON object last.
 """
 
 import argparse
@@ -139,6 +140,16 @@ def measure_planted(local: LocalModel, encoder: Any, items: Sequence[Planted]) -
         "leaks_caught_by_kind": {kind: stopped(3, kind) for kind in sorted({item.leak_kind for item in items})}}}
 
 
+def measure_rounding(local: LocalModel, items: Sequence[Planted]) -> dict[str, float]:
+    moves = []
+    for item in items:
+        pair = Pair(id=item.id, user="sam", conversation=item.id, split="test", context=item.context, action=item.action)
+        traces = [item.cause, item.justification, item.leak]
+        (one, _), (turned, _) = (common.likelihood_scores(local, pair, some) for some in (traces, traces[::-1]))
+        moves += [abs(a[name] - b[name]) for a, b in zip(one, turned[::-1]) for name in a]
+    return {"largest": max(moves), "median": sorted(moves)[len(moves) // 2]}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = speed.make_parser(__doc__, limit=(36, "pairs of each file"), planted=(1000, "items of each planted file"))
     parser.add_argument("pairs", nargs="*", type=Path, help="further pairs.jsonl files, to measure their test split")
@@ -151,6 +162,7 @@ def main(argv: list[str] | None = None) -> None:
         items = common.read_rows(DATA / f"{name}.jsonl", Planted)[:args.planted]
         result["planted"][name] = measure_planted(local, encoder, items)
         print(json.dumps(result["planted"][name]))
+        result["planted"][name]["rounding"] = measure_rounding(local, items)
     with tempfile.TemporaryDirectory() as folder:
         importlib.import_module("01_prepare").main([
             "--run", folder, "--model", args.model, "--limit", str(4 * args.limit),

@@ -4,6 +4,7 @@ import http.server
 import importlib
 import json
 import random
+import shutil
 import sys
 import threading
 from argparse import Namespace
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import common
+from browser import Browser
 
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -66,6 +68,15 @@ def tiny(tiny_folder) -> common.LocalModel:
 def encoder():
     """The embedded sentence encoder, loaded once: nothing changes it."""
     return common.load_encoder()
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    if not shutil.which("chromium"):
+        pytest.skip("no chromium on this machine: install that system package to run the browser tests")
+    driven = Browser(tmp_path_factory.mktemp("browser"))
+    yield driven
+    driven.close()
 
 
 @pytest.fixture(scope="session")

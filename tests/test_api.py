@@ -215,8 +215,10 @@ def test_a_redirect_does_not_carry_the_key_to_another_host(loopback, tmp_path):
 
 
 @pytest.mark.parametrize("address", [f"https://api.example/{KEY}/v1", "https://ann:word@api.example/v1",
-                                     "https://api.example/v1?api-key=word", "api.example/v1"])
-def test_an_address_that_holds_a_secret_is_refused_and_not_repeated(loopback, tmp_path, monkeypatch, capsys, address):
+                                     "https://api.example/v1?api-key=word", "api.example/v1",
+                                     "http://localhost:word/v1"])
+def test_an_address_that_is_none_or_holds_a_secret_is_refused_and_not_repeated(
+        loopback, tmp_path, monkeypatch, capsys, address):
     monkeypatch.setenv("OPENAI_BASE_URL", address)
     with pytest.raises(SystemExit):
         common.ApiModel("openai:big", api_args(tmp_path))

@@ -1,10 +1,8 @@
 """The report, in a real browser."""
 
 import importlib
-import shutil
 
 import pytest
-from browser import Browser
 
 import common
 
@@ -24,15 +22,6 @@ TOO_WIDE = """(() => {
   }
   return found.filter(([, over]) => over > 0);
 })()"""
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if not shutil.which("chromium"):
-        pytest.skip("no chromium on this machine: install that system package to run the browser tests")
-    driven = Browser(tmp_path_factory.mktemp("browser"))
-    yield driven
-    driven.close()
 
 
 def make(schema, **values) -> dict:

@@ -4,22 +4,12 @@ import json
 import shutil
 
 import pytest
-from browser import Browser
 
 import common
 from benchmarks import people
 
 HOSTILE = "</script><script>console.error('escaped')</script><img src=x onerror=console.error('escaped')> <!--"
 KEYS = ["a", "b", "t", "a", "b", "b", "a", "t", "a", "b"]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if not shutil.which("chromium"):
-        pytest.skip("no chromium on this machine: install that system package to run the browser tests")
-    driven = Browser(tmp_path_factory.mktemp("browser"))
-    yield driven
-    driven.close()
 
 
 def write_rows(path, rows):

@@ -86,13 +86,14 @@ def test_equal_texts_tie_unasked_and_hide_neither_flips_nor_lengths():
     assert len(asked) == 6 and (row.identical, row.flip_rate, row.matched.n, row.ties) == (9, 1.0, 3, 12)
 
 
-def test_the_encoder_prefers_the_closer_text_and_never_an_empty_one_and_ties_near_equal_ones(encoder):
+def test_a_similarity_judge_prefers_the_closer_text_and_never_an_empty_one_and_ties_near_equal_ones(encoder):
     pair = make_pair(action="I am worried because my dog is sick")
     questions = [("my dog is ill and I am worried", "the train leaves at nine"), ("", "the train leaves at nine"),
                  ("nine is when the train leaves", "")]
-    judge = evaluate.encoder_judge(encoder, 0.02)
-    assert judge.ask(pair, questions) == ["first", "second", "first"] and judge.orders == ("both",)
-    assert evaluate.encoder_judge(encoder, 1.0).ask(pair, questions[:1]) == ["tie"]
+    for name in ("encoder", "chrf"):
+        judge = evaluate.similarity_judge(name, encoder, 0.02)
+        assert judge.ask(pair, questions) == ["first", "second", "first"] and judge.orders == ("both",)
+        assert evaluate.similarity_judge(name, encoder, 1.0).ask(pair, questions[:1]) == ["tie"]
 
 
 def test_a_local_judge_answers_with_the_likelier_letter_whatever_else_it_is_asked(tiny, numbers):

@@ -143,6 +143,23 @@ def test_examples_in_one_row_have_the_loss_and_the_gradients_of_each_alone(tiny,
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
+def test_gradients_in_float16_are_finite_and_those_of_float32_but_for_rounding(tiny_folder):
+    """As on GPUs before Ampere: float32 adapters and losses keep them from vanishing, as small as a batch makes them."""
+    gradients = {}
+    for dtype in ("float32", "float16"):
+        local = common.load_model(str(tiny_folder), False, dtype)
+        model = common.add_adapter(local.model, 4, 0)
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        for place, weight in enumerate(weights):
+            torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(place))
+        example = sft.user_example(local.tokenizer, make_pair(), "Sam counts")
+        found = torch.autograd.grad(sft.completion_loss(model, [example], 10_000), weights)
+        gradients[dtype] = torch.cat([gradient.flatten() for gradient in found])
+    assert gradients["float16"].dtype == torch.float32 and gradients["float16"].isfinite().all()
+    error = (gradients["float16"] - gradients["float32"]).norm() / gradients["float32"].norm()
+    assert error < 0.03
+
+
 def test_rows_are_filled_in_order_up_to_their_room_and_a_longer_example_stands_alone(numbers):
     examples = [([0] * numbers.randint(1, 30), [0]) for _ in range(40)]
     rows, size = sft.fill_rows(examples, 25), lambda row: sum(len(prompt) + 1 for prompt, _ in row)
