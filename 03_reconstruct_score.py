@@ -5,8 +5,8 @@ The reconstructor never sees the action when it writes. All scores are per candi
 
     likelihood         mean over the action's tokens of log p(token | context, trace) - log p(token | context), nats
     masked_likelihood  the same, but tokens of content words that the trace gives away earn nothing
-    contrast           with --negatives 4: masked_likelihood minus its mean over 4 actions of other conversations, in
-                       the same context
+    contrast           masked_likelihood minus its mean over 4 actions of other conversations in the same context: what
+                       helps any action earns nothing. Stage 4 selects by it, and stage 5 rewards it
     embedding          cosine of the encoded reconstruction and the encoded action
     judge              a language model sees the action and all N reconstructions and rates style, intent and values,
                        0 to 9 each; their mean
@@ -309,8 +309,8 @@ def parse_args(argv: list[str] | None):
     parser = common.stage_arguments(__doc__)
     add = parser.add_argument_group("scoring").add_argument
     add("--scorers", default="likelihood,embedding", help=f"comma-separated, from {', '.join(SCORERS)}")
-    add("--negatives", type=common.number_type(int, 0, 100), default=0, metavar="N",
-        help="other actions for the score contrast, 4 for example; 0: none is computed")
+    add("--negatives", type=common.number_type(int, 0, 100), default=4, metavar="N",
+        help="other actions for the score contrast; 0: none is computed")
     add("--encoder", default="embedded", metavar="NAME", help="sentence encoder: 'embedded', a folder, a hub name")
     add("--judge", metavar="NAME", help="a local folder, a hub name or openai:NAME (unset: the reconstructor)")
     add("--max-action-tokens", **common.COUNT, default=24, help="tokens in a reconstruction")

@@ -172,7 +172,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = common.stage_arguments(__doc__)
     add = parser.add_argument_group("selection").add_argument
     add("--arms", default="none,backward,guarded,recon", help=f"comma-separated, from {', '.join(ARMS)}")
-    add("--score", default="masked_likelihood", help="what recon selects by: any score of stage 3")
+    add("--score", default="contrast", help="what recon selects by: any score of stage 3")
     add("--tag", metavar="NAME", help="fit arm recon-NAME from a second set, with the settings of the arms there are")
     add = parser.add_argument_group("fitting a user model").add_argument
     add("--rank", **common.COUNT, default=16, help="of LoRA; alpha is twice that")

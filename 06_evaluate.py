@@ -555,7 +555,7 @@ def main(argv: list[str] | None = None) -> None:
     if common.process_rank():                              # what is left is work for one
         return
     recon = args.run / "traces" / "recon.jsonl"
-    score = common.read_config(recon)["arguments"]["score"] if recon.is_file() else "masked_likelihood"
+    score = common.read_config(recon)["arguments"]["score"] if recon.is_file() else "contrast"
     rules = {arm: (None, arm) for arm in select_sft.ARMS} | {f"recon-{tag}": (tag, "guarded") for tag in tags}
     rebuilt = {arm: reconstructed(scores[tag], rule, score) for arm, (tag, rule) in rules.items()}
     written = {"actions": {arm: {name: [(answer.trace, answer.action) for answer in row.answers]

@@ -1190,8 +1190,10 @@ def credit_mask(tokenizer: Any, trace: str, action: str, context: str) -> list[b
     return [not any(start < e and s < end for s, e in spans) for start, end in encoded["offset_mapping"]]
 
 def choose_negatives(pair: Pair, pairs: Sequence[Pair], count: int, but: str, *seed: object) -> list[str]:
-    """`count` actions of other conversations, none of them that of the pair called `but`, whose trace is a control."""
-    others = [other.action for other in pairs if other.conversation != pair.conversation and other.id != but]
+    """`count` actions of other conversations, none that of the pair called `but`, whose trace is a control, if others
+    are left."""
+    elsewhere = [other for other in pairs if other.conversation != pair.conversation]
+    others = [other.action for other in elsewhere if other.id != but] or [other.action for other in elsewhere]
     return random.Random(stable_seed(*seed, "negatives", pair.id)).sample(others, min(count, len(others)))
 
 @torch.inference_mode()

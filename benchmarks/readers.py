@@ -59,7 +59,7 @@ from common import Candidates, LocalModel, Pair, Scores
 scoring, select_sft = importlib.import_module("03_reconstruct_score"), importlib.import_module("04_select_sft")
 
 SCORES = ("likelihood", "masked_likelihood", "contrast")
-CHOOSING = ("contrast", "masked_likelihood")               # stage 5's reward, and stage 4's default
+CHOOSING = ("contrast", "masked_likelihood")               # the default of stage 4, and what it is made of
 # Stage 1's preset and kind of source, and a file by which its folder is known.
 TRANSCRIPTS = {"court": ("supreme", "convokit", "utterances.jsonl"), "podcast": ("podcast", "markdown", "*.md")}
 LONG = ("--max-context-tokens", "192", "--max-action-tokens", "48")    # what docs/data.md advises for spoken turns

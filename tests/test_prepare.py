@@ -63,7 +63,7 @@ def test_a_context_is_exactly_the_turns_before_the_action(prepare, tmp_path, tin
 
 def test_whole_conversations_go_to_one_split_and_the_latest_to_test(prepare, tmp_path, tiny_folder):
     write_turns(tmp_path / "turns.jsonl")
-    options = ("--limit", "1000", "--user", "ann", "--test-share", "0.4")
+    options = ("--limit", "1000", "--user", "ann", "--val-share", "0.1", "--test-share", "0.4")
     pairs = make_pairs(prepare, tiny_folder, tmp_path, *ROOMY, *options)
     expected = enumerate(["train"] * 10 + ["val"] * 2 + ["test"] * 8)
     assert {(pair.conversation, pair.split) for pair in pairs} == {(f"c{place}", name) for place, name in expected}
@@ -92,7 +92,8 @@ def test_who_has_three_conversations_has_one_in_each_split_and_who_has_two_is_re
 
 def test_pairs_chosen_lazily_are_those_of_choosing_among_all(prepare, tmp_path, tiny_folder):
     write_turns(tmp_path / "turns.jsonl", conversations=30)
-    options = ("--max-action-tokens", "30", "--max-context-tokens", "120", "--seed", "7")
+    options = ("--max-action-tokens", "30", "--max-context-tokens", "120", "--seed", "7", "--val-share",
+               "0.1", "--test-share", "0.55")
     everything = make_pairs(prepare, tiny_folder, tmp_path, *options, "--limit", "100000", run="all")
     room, expected = prepare.pair_quotas(20, {"train": 0.35, "val": 0.1, "test": 0.55}, ["ann", "bo"]), []
     for pair in everything:

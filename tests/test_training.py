@@ -15,7 +15,7 @@ from common import Completion, Control, Scored, Scores
 
 stage = importlib.import_module
 sft, rl = stage("04_select_sft"), stage("05_rl_train")
-SCORE = "masked_likelihood"
+SCORE = "contrast"
 
 
 def make_scores(name, values, leaks=(), control="c/2") -> Scores:
