@@ -91,9 +91,8 @@ def costs(args: argparse.Namespace, tokenizer: Any) -> list[dict]:
         candidates(" grpo", False)
         part("04 grpo", "fitting", fitted, user + t + close + a, passes=3)
     arms = args.arms + 2 * bool(args.steps)
-    part("06", "traces", test * arms, user, args.num_traces, 0, t)
-    part("06", "actions", test * arms, t + close, written=a)
-    part("06", "likelihoods", test * arms, user, args.num_traces, t + close + a)
+    part("06", "answers", test * arms, user, args.num_actions, 0, t + close + a)
+    part("06", "likelihoods", test * arms, user, args.num_actions, t + close + a)
     part("06", "judging", test * (arms + RECONSTRUCTED_ARMS - 2), words["comparison"] + c + a, 2, 2 * a, 1, server=True)
     return rows
 
@@ -103,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         __doc__, num_samples=(4, "candidates a pair"), negatives=(4, "other actions in stage 3"),
         arms=(4, "of stage 4"), epochs=(2, "of a fit"), num_prompts=(8, "a GRPO step"),
         num_generations=(8, "completions a prompt in GRPO"),
-        val_every=(4, "GRPO steps between looks at held-out pairs"), num_traces=(2, "a held-out pair in stage 6"),
+        val_every=(10, "GRPO steps between looks at held-out pairs"), num_actions=(1, "answers a held-out pair in stage 6"),
         context=(73, "tokens in a context"), action=(18, "tokens in an action"), trace=(32, "tokens in a trace"),
         reconstruction=(19, "tokens in a reconstruction"))
     add = parser.add_argument
