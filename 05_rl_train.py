@@ -270,7 +270,7 @@ def validate(policy: Policy, pairs: Sequence[Pair], pool: Sequence[Pair], count:
     because it hands the action over. is_leak, malformed, unfinished and tokens are over all.
     """
     args = policy.args
-    batches = common.batch_by_length(pairs, lambda pair: policy.local.length(policy.prompt(pair)), 2 * args.num_prompts)
+    batches = common.batch_by_length(pairs, lambda pair: policy.local.length(policy.prompt(pair)), args.num_prompts)
     others = {pair.id: common.choose_negatives(pair, pool, args.negatives, "", args.seed) for pair in pairs}
     work = lambda batch: [policy.measure(pair, found, others[pair.id])
                           for pair, found in zip(batch, policy.rollout(batch, count, "validation"))]

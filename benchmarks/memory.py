@@ -45,8 +45,8 @@ SHAPES = {
     "qwen3-8b": (4096, 12288, 36, 32, False, 151936), "phi-4-mini": (3072, 8192, 32, 24, True, 200064)}
 GIB = 2**30
 ROOM = 64                                                  # spare tokens in a RoomyLayer
-RANK, TRACES, NEGATIVES = 16, 2, 4                         # stages' defaults
-VALIDATED = (16, 4)                                        # prompts at once, and traces of each
+RANK, ANSWERS, NEGATIVES = 16, 1, 4                        # stages' defaults
+VALIDATED = (8, 4)                                         # prompts at once, and traces of each
 COMPARED = 56                                              # questions of a pair in stage 6: 8 arms, --round-robin
 
 
@@ -268,8 +268,8 @@ def compute(args: argparse.Namespace) -> dict[str, float]:
         "05 rewards": 4 * adapter + packed(args.context, args.group + 1, args.trace, NEGATIVES, args.action),
         # logits in bfloat16, in float32, picked, over the temperature, masked by min-p; entropy; two gradients
         "05 update": 4 * adapter + backward(prompt + group, group, 2 + 4 + 4 + 4 + 4 + 4 + 4 + 4),
-        "06 acting": adapter + drawn(TRACES, args.trace),
-        "06 true action": adapter + packed(args.context, TRACES, args.trace, 1, args.action, False)}
+        "06 acting": adapter + drawn(ANSWERS, args.trace + args.action),
+        "06 true action": adapter + packed(args.context, ANSWERS, args.trace, 1, args.action, False)}
     sizes = {"weights": 0.0, **parts, "06 judging": judge - weights + verdicts["06 judging"]}
     return {stage: (weights + size) / GIB for stage, size in sizes.items()}
 
@@ -354,8 +354,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     peak_of("05 rewards", lambda: packed(model, args.context, args.group + 1, args.trace, NEGATIVES, args.action))
     peak_of("05 update", lambda: rl.update(model, optimizer, [group()], settings))
     optimizer = None
-    peak_of("06 acting", lambda: draw(TRACES, args.trace))
-    peak_of("06 true action", lambda: packed(model, args.context, TRACES, args.trace, 1, args.action, past=False))
+    peak_of("06 acting", lambda: draw(ANSWERS, args.trace + args.action))
+    peak_of("06 true action", lambda: packed(model, args.context, ANSWERS, args.trace, 1, args.action, past=False))
     model = None
     gc.collect()
     judge = random_model(args.judge)
