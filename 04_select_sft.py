@@ -177,7 +177,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("fitting a user model").add_argument
     add("--rank", **common.COUNT, default=16, help="of LoRA; alpha is twice that")
     add("--epochs", **common.COUNT, default=2, help="passes over the training pairs")
-    add("--batch-size", **common.COUNT, default=2, help="pairs an optimizer step")
+    add("--batch-size", **common.COUNT, default=1, help="pairs an optimizer step; with ten pairs, two a step are too few "
+        "steps to learn where a trace ends")
     add("--row-tokens", **common.COUNT, default=384, help="tokens that go through the model at once, at most")
     add("--lr", type=common.positive_float, default=1e-3, help="peak learning rate of AdamW, after 10%% warm-up, "
         "falling linearly to 0; 2e-4 suits a model of billions")

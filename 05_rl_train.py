@@ -381,7 +381,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--limit-cost", type=common.fraction, default=0.05, help="what running to the token limit costs, nats a token")
     add("--encoder", default="embedded", metavar="NAME", help="sentence encoder of the leak detector and the cosine")
     add = parser.add_argument_group("GRPO").add_argument
-    add("--steps", **common.COUNT, default=8, help="optimizer steps; 80 and more teach something")
+    add("--steps", **common.COUNT, default=6, help="optimizer steps; 80 and more teach something")
     add("--num-prompts", **common.COUNT, default=2, help="prompts a step")
     add("--num-generations", **common.COUNT, default=4, help="completions a prompt")
     add("--max-new-tokens", **common.COUNT, default=56, help="e2e: in a completion; recon: as stage 2")
@@ -391,7 +391,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--warmup", **common.COUNT, default=5, help="steps over which the learning rate rises")
     add("--num-iterations", **common.COUNT, default=1, help="optimizer steps a rollout")
     add("--clip", type=common.positive_float, default=0.2, help="the ratio to the old policy counts within 1 ± CLIP")
-    add("--val-every", **common.COUNT, default=4, help="steps between looks at held-out pairs")
+    add("--val-every", **common.COUNT, default=3, help="steps between looks at held-out pairs")
     add("--save-every", **common.COUNT, default=4, help="steps between checkpoints")
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
         help="compute activations twice, so that long contexts fit")

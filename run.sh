@@ -24,7 +24,7 @@ if [ "${1:-}" = test ]; then
     exec .venv/bin/python -m pytest "${@:2}"
 fi
 
-run="" prepare="" score="" fit="" train="" e2e="--val-every 8" act=""
+run="" prepare="" score="" fit="" train="" e2e="--val-every 6" act=""
 sample="--held-out 12"                                           # the demo: otherwise every stage's defaults
 case "${1:-}" in
     --dtype) run="--run runs/demo-float32 --dtype float32" ;;

@@ -29,7 +29,7 @@ KEPT = ("arms", "reconstructions", "comparisons", "judge", "versus", "chosen_by"
 
 
 def stages(limit: int = 44, val_share: float = 0.05, test_share: float = 0.72,
-           arms: str = "none,backward,guarded,recon", steps: int = 8, num_prompts: int = 2, num_generations: int = 4,
+           arms: str = "none,backward,guarded,recon", steps: int = 6, num_prompts: int = 2, num_generations: int = 4,
            acting: tuple[str, ...] = ()) -> list[list[str]]:
     """The commands of the whole loop, in order; the defaults are those of the stages."""
     grpo = ["--steps", str(steps), "--num-prompts", str(num_prompts), "--num-generations", str(num_generations)]

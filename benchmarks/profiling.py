@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     import common
     from benchmarks import evaluation, speed
 
-    parser = speed.make_parser(__doc__, limit=(44, "pairs in all"), steps=(8, "of GRPO, for each objective"))
+    parser = speed.make_parser(__doc__, limit=(44, "pairs in all"), steps=(6, "of GRPO, for each objective"))
     parser.add_argument("--model", default="embedded", metavar="NAME", help="as in the stages")
     parser.add_argument("--dtype", default="auto", help="as in the stages")
     args = parser.parse_args(argv)
