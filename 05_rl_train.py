@@ -72,7 +72,7 @@ class Measured:
 def reward_of(seen: Measured, args: argparse.Namespace) -> float:
     """The reward of a completion by --reward.
 
-      contrast     what paraphrasing cannot explain of it, less a cost for running to the token limit
+      contrast     less a part of paraphrase, which explains some of it, and a cost for running to the token limit
       likelihood   recon: naive, with a penalty on quoted 4-grams, kept for comparison; e2e: as it is
       cosine       of the action behind the trace and the true action
     """
