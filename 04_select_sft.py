@@ -40,8 +40,8 @@ import common
 from common import Choice, Pair, Scores
 
 ARMS = ("none", "backward", "guarded", "recon", "shuffled", "longest", "worst")
-# Scores no further apart are a tie: so much rounding moves them in float32. In bfloat16 it is a hundredth of a nat, and
-# a tolerance as wide would take half of the choice away; there a choice is repeated because its scores are kept.
+# Scores no further apart are a tie: so much rounding moves them in float32. In bfloat16 it moves them further (see
+# docs/scoring.md), but a tolerance as wide would make ties of traces that differ; a choice repeats as scores are kept.
 TIE_TOLERANCE = 2e-5
 Example = tuple[list[int], list[int]]          # (prompt ids, completion ids)
 
@@ -83,7 +83,8 @@ def rows_with_score(rows: Sequence[Scores], everyone: dict[str, Scores], score: 
     """
     whole = [row for row in rows if has_score(row, score) and has_score(everyone.get(row.control.id), score)]
     if not whole:
-        common.fail(f"no pair has the score {score!r}; run 03_reconstruct_score.py --overwrite with that scorer")
+        common.fail(f"no pair has the score {score!r}; run 03_reconstruct_score.py --overwrite with that scorer "
+                    "and more conversations, or pass another --score")
     if len(whole) < len(rows):
         print(f"left out: {len(rows) - len(whole)} of {len(rows)} pairs, which have no score {score!r}")
     return whole
@@ -102,7 +103,7 @@ def user_example(tokenizer: Any, pair: Pair, trace: str | None) -> Example:
 
 def fill_rows(examples: Sequence[Example], room: int) -> list[list[Example]]:
     """Examples in rows of at most `room` tokens, a longer one alone: short ones are faster in a row than one by one."""
-    rows, used = [], room
+    rows, used = [], 0
     for example in examples:
         tokens = sum(map(len, example))
         if not rows or used + tokens > room:
@@ -177,8 +178,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("fitting a user model").add_argument
     add("--rank", **common.COUNT, default=16, help="of LoRA; alpha is twice that")
     add("--epochs", **common.COUNT, default=2, help="passes over the training pairs")
-    add("--batch-size", **common.COUNT, default=1, help="pairs an optimizer step; with ten pairs, two a step are too few "
-        "steps to learn where a trace ends")
+    add("--batch-size", **common.COUNT, default=1, help="pairs an optimizer step; with ten pairs, two are "
+        "too few steps to learn where a trace ends")
     add("--row-tokens", **common.COUNT, default=384, help="tokens that go through the model at once, at most")
     add("--lr", type=common.positive_float, default=1e-3, help="peak learning rate of AdamW, after 10%% warm-up, "
         "falling linearly to 0; 2e-4 suits a model of billions")

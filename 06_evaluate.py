@@ -60,13 +60,13 @@ class Answer(Row):
     trace: str | None
     finished: bool                                         # the trace ended by itself
     action: str
+    tokens: int                                            # that were sampled for both
 
 
 class Prediction(Row):
     """predictions/ARM.jsonl"""
     id: str
     answers: list[Answer]                                  # sampled independently, --num-actions of them
-    tokens: int                                            # that were sampled for them
     action_logprob: float                                  # see true_action_logprob
 
 
@@ -103,10 +103,10 @@ def true_action_logprob(local: LocalModel, pair: Pair, traces: Sequence[str | No
 def read_answer(completion: Completion, thinking: bool) -> Answer:
     """A trace and the action behind it. One that did not end is cut to whole sentences, and has no action yet."""
     if not thinking:
-        return Answer(trace=None, finished=True, action=common.clean_action(completion.text))
+        return Answer(trace=None, finished=True, action=common.clean_action(completion.text), tokens=completion.tokens)
     trace, closed, action = completion.text.partition(common.END_THINK.strip())
     return Answer(trace=trace.strip() if closed else common.trace_of(completion), finished=bool(closed),
-                  action=common.clean_action(action))
+                  action=common.clean_action(action), tokens=completion.tokens)
 
 
 def act(local: LocalModel, pairs: Sequence[Pair], thinking: bool, args: argparse.Namespace) -> list[Prediction]:
@@ -121,17 +121,18 @@ def act(local: LocalModel, pairs: Sequence[Pair], thinking: bool, args: argparse
                          max_new_tokens=args.max_trace_tokens * thinking + args.max_action_tokens,
                          stop_text=None if thinking else "\n", **options)                # [pair][k]
     answers = [[read_answer(one, thinking) for one in group] for group in found]
-    if late := [(pair, answer) for pair, group in zip(pairs, answers) for answer in group if not answer.finished]:
+    if late := [(pair, k, answer) for pair, group in zip(pairs, answers)
+                for k, answer in enumerate(group) if not answer.finished]:
         groups = [(common.encode_prompt(tokenizer, common.user_prompt(pair, thinking)),
-                   [common.close_trace(tokenizer, answer.trace)]) for pair, answer in late]
-        seeds = [common.stable_seed(args.seed, "act", pair.id, answer.trace) for pair, answer in late]
+                   [common.close_trace(tokenizer, answer.trace)]) for pair, _, answer in late]
+        seeds = [common.stable_seed(args.seed, "close", pair.id, k) for pair, k, _ in late]
         actions = common.generate(local.model, tokenizer, groups, args.max_action_tokens, seeds, stop_text="\n",
                                   **options)
-        for (_, answer), one in zip(late, actions):
-            answer.action = common.clean_action(one.text)
-    return [Prediction(id=pair.id, answers=group, tokens=sum(one.tokens for one in some),
+        for (*_, answer), one in zip(late, actions):
+            answer.action, answer.tokens = common.clean_action(one.text), answer.tokens + one.tokens
+    return [Prediction(id=pair.id, answers=group,
                        action_logprob=true_action_logprob(local, pair, [answer.trace for answer in group]))
-            for pair, group, some in zip(pairs, answers, found)]
+            for pair, group in zip(pairs, answers)]
 
 
 def act_all(args: argparse.Namespace, pairs: Sequence[Pair], arms: Sequence[str], load: Callable[[], LocalModel]
@@ -150,7 +151,7 @@ def act_all(args: argparse.Namespace, pairs: Sequence[Pair], arms: Sequence[str]
             user = LocalModel(common.add_adapter(local.model, 0, 0, folder, trainable=False), local.tokenizer)
             for rows in common.run_batches(lambda batch: act(user, batch, arm != "none", args), todo, f"{arm} acts"):
                 output.append(rows)
-                tokens += sum(row.tokens for row in rows)
+                tokens += sum(answer.tokens for row in rows for answer in row.answers)
             local.model = user.model.unload()
         found[arm] = output.rows
     return found, there, tokens
@@ -188,7 +189,8 @@ def similarity_judge(name: str, encoder: Any, margin: float) -> Judge:
 
     chrF (Popović 2015, doi 10.18653/v1/W15-3049) knows nothing of meaning, and nothing of the leak detector's encoder.
     """
-    from sacrebleu import sentence_chrf                    # here: half a second that a finished stage need not pay
+    if name == "chrf":
+        from sacrebleu import sentence_chrf                # here: half a second that others need not pay
 
     def ask(pair: Pair, questions: list[tuple[str, str]]) -> list[str | None]:
         texts = sorted({text for question in questions for text in question})
@@ -262,7 +264,7 @@ def judge_pairs(judge: Judge, what: What, pairs: Sequence[Pair], texts: Written,
 
 class Rate(Row):
     """A win rate, ties as half, with its 95 % interval by conversation."""
-    n: int                                                 # answers; all of a pair weigh as much as they are
+    n: int                                                 # answers
     win_rate: float | None = None
     ci95: list[float] | None = None
 

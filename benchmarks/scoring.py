@@ -116,10 +116,13 @@ def measure_pairs(local: LocalModel, encoder: Any, pairs: Sequence[Pair]) -> dic
                     for name in own[0].scores}}
 
 
+def planted_pair(item: Planted) -> Pair:
+    return Pair(id=item.id, user="sam", conversation=item.id, split="test", context=item.context, action=item.action)
+
+
 def measure_planted(local: LocalModel, encoder: Any, items: Sequence[Planted]) -> dict[str, Any]:
     """How often the cause comes first among honest traces, by each score; what the detector catches, what it costs."""
-    pairs = [Pair(id=item.id, user="sam", conversation=item.id, split="test", context=item.context, action=item.action)
-             for item in items]
+    pairs = list(map(planted_pair, items))
     traces = [[item.cause, item.justification, after.cause, item.leak]
               for item, after in zip(items, [*items[1:], items[0]])]
     rows = score_all(local, encoder, pairs, [[Candidate(trace=trace, finished=True, tokens=len(trace.split()))
@@ -143,7 +146,7 @@ def measure_planted(local: LocalModel, encoder: Any, items: Sequence[Planted]) -
 def measure_rounding(local: LocalModel, items: Sequence[Planted]) -> dict[str, float]:
     moves = []
     for item in items:
-        pair = Pair(id=item.id, user="sam", conversation=item.id, split="test", context=item.context, action=item.action)
+        pair = planted_pair(item)
         traces = [item.cause, item.justification, item.leak]
         (one, _), (turned, _) = (common.likelihood_scores(local, pair, some) for some in (traces, traces[::-1]))
         moves += [abs(a[name] - b[name]) for a, b in zip(one, turned[::-1]) for name in a]
@@ -154,8 +157,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = speed.make_parser(__doc__, limit=(36, "pairs of each file"), planted=(1000, "items of each planted file"))
     parser.add_argument("pairs", nargs="*", type=Path, help="further pairs.jsonl files, to measure their test split")
     parser.add_argument("--model", default="embedded", metavar="NAME", help="synthesizer, reconstructor and judge")
+    parser.add_argument("--dtype", default="auto", help="as in the stages")
     args = parser.parse_args(argv)
-    local, encoder = common.load_model(args.model, torch.cuda.is_available(), "auto"), common.load_encoder()
+    local, encoder = common.load_model(args.model, torch.cuda.is_available(), args.dtype), common.load_encoder()
     result = {"machine": speed.machine(), "torch": torch.__version__, "model": args.model,
               "dtype": str(local.model.dtype), "planted": {}, "pairs": {}}
     for name in ("planted", "planted_fresh"):

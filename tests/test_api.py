@@ -121,7 +121,7 @@ def test_what_a_server_leaves_out_is_counted_and_asked_for_at_the_next_start(
     kept, wanted, error = rows_of(tmp_path), rows_of(undisturbed), capsys.readouterr().err
     assert f"{6 - len(kept)} pairs without an answer" in error and "start again" in error and error.count("error:") == 1
     assert 0 < len(kept) < 6 and all(wanted[key] == row for key, row in kept.items())
-    answered = len(common.read_rows(tmp_path / "api_cache.jsonl", common.Answer)) - 1
+    answered = len(common.read_rows(tmp_path / "api_cache.jsonl", common.CachedAnswer)) - 1
     for torn in ("candidates.jsonl", "api_cache.jsonl"):
         with (tmp_path / torn).open("a") as file:
             file.write('{"key": "a crash tore')
@@ -166,7 +166,7 @@ def test_what_a_model_thinks_is_not_its_answer(loopback, tmp_path, monkeypatch, 
     loopback.answers = [{"choices": [{"message": {"content": content}, "finish_reason": "stop"}],
                          "usage": {"completion_tokens": 5, "total_tokens": 15}}]
     answer = api.ask([], 5)
-    assert (answer and answer.text) == text and len(common.read_rows(api.path, common.Answer)) == 1 + bool(text)
+    assert (answer and answer.text) == text and len(common.read_rows(api.path, common.CachedAnswer)) == 1 + bool(text)
 
 
 CONTROL = ["<|im_end|>", "<｜User｜>", "<｜end▁of▁sentence｜>", "</s>", "<start_of_turn>", "<unused12>", "<think>",

@@ -89,6 +89,7 @@ def test_no_stage_follows_what_data_names_or_opens_a_port_a_program_or_a_pickle(
         "--test-share 0.3 --max-action-tokens 900 --max-context-tokens 900 --max-context-turns 1",
         "02_sample_candidates --num-samples 2 --max-trace-tokens 6",
         "03_reconstruct_score --max-action-tokens 6 --scorers likelihood,embedding,judge",
-        "04_select_sft --epochs 1 --rank 4 --arms backward,recon", "05_rl_train --steps 1 --num-prompts 1 --rank 4",
+        "04_select_sft --epochs 1 --rank 4 --arms backward,recon --score likelihood",
+        "05_rl_train --steps 1 --num-prompts 1 --rank 4",
         f"06_evaluate --max-trace-tokens 6 --max-action-tokens 6 --judge {tiny_folder}")
     assert not BROKEN and not (tmp_path / "marker").exists() and (tmp_path / "run" / "report.html").is_file()

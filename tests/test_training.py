@@ -144,7 +144,7 @@ def test_examples_in_one_row_have_the_loss_and_the_gradients_of_each_alone(tiny,
 
 
 def test_gradients_in_float16_are_finite_and_those_of_float32_but_for_rounding(tiny_folder):
-    """As on GPUs before Ampere: float32 adapters and losses keep them from vanishing, as small as a batch makes them."""
+    """As on GPUs before Ampere: float32 adapters and losses keep small ones from vanishing."""
     gradients = {}
     for dtype in ("float32", "float16"):
         local = common.load_model(str(tiny_folder), False, dtype)
