@@ -49,7 +49,7 @@ def parse_args(argv: list[str] | None):
     add("--max-trace-tokens", **common.COUNT, default=48, help="tokens in a trace, at most")
     add("--temperature", type=common.number_type(float, 0, 10), default=1.0, help="0 is greedy")
     add("--min-p", type=common.fraction, default=0.1, help="leave out tokens less likely than this times the likeliest")
-    add("--batch-size", **common.COUNT, default=64, help="pairs sampled at once")
+    common.batch_argument(add)
     add = parser.add_argument_group("a second set of candidates").add_argument
     add("--tag", metavar="NAME", help="of the set, whose other settings are those of candidates.jsonl")
     add("--adapter", type=Path, metavar="DIR", help="of the synthesizer (unset: RUN/models/synthesizer with --tag)")
@@ -81,7 +81,8 @@ def main(argv: list[str] | None = None) -> None:
     model = common.load_writer(args.model, args)
     if args.adapter:
         model.model = common.add_adapter(model.model, 0, args.seed, args.adapter, trainable=False)
-    batches = common.batch_by_length(pairs, lambda pair: model.length(common.synthesis_prompt(pair)), args.batch_size)
+    tokens = lambda pair: args.num_samples * (model.length(common.synthesis_prompt(pair)) + args.max_trace_tokens)
+    batches = common.batch_by_length(pairs, tokens, args.batch_tokens)
     todo, made = [batch for batch in batches if not output.has(batch)], []
     for rows in common.run_batches(lambda batch: sample_traces(model, batch, args), todo, "sampling traces"):
         output.append(rows)

@@ -95,7 +95,8 @@ def rate_locally(judge: common.LocalModel, pair: Pair, guesses: Sequence[str]) -
     digits = [encode(str(digit))[0] for digit in range(10)]
     beginnings = [encode(f'{{"{number}":{{"{aspect}":') for number in range(1, len(guesses) + 1) for aspect in ASPECTS]
     prompt = common.encode_prompt(judge.tokenizer, judge_prompt(pair, guesses))
-    logits, rows = common.shared_prefix_logits(judge.model, prompt, beginnings, [[digits[:1]]] * len(beginnings))
+    tree = prompt, beginnings, [[digits[:1]]] * len(beginnings)
+    logits, (rows,) = common.shared_prefix_logits(judge.model, [tree])
     chances = logits[torch.cat([row for row, in rows])][:, digits].softmax(-1)          # [guesses * aspects, 10]
     expected = (chances @ torch.arange(10.0, device=chances.device)).view(len(guesses), len(ASPECTS)).tolist()
     return [dict(zip(ASPECTS, row)) for row in expected]
@@ -198,10 +199,10 @@ def score_pairs(work: Sequence[Work], model: Any, encoder: Any, judge: Any, scor
                            calls={}))
 
     if "likelihood" in scorers:
-        for item, row in zip(work, rows):
-            everyone = [*row.candidates, row.control]
-            found, plain = common.likelihood_scores(model, item.pair, [some.trace for some in everyone], item.negatives)
-            for some, scores in zip(everyone, found):
+        items = [(item.pair, [some.trace for some in (*row.candidates, row.control)], item.negatives)
+                 for item, row in zip(work, rows)]
+        for row, (found, plain) in zip(rows, common.likelihood_scores(model, items)):
+            for some, scores in zip((*row.candidates, row.control), found):
                 some.scores |= scores
             row.baseline |= dict.fromkeys(found[0], 0.0) | {"action_logprob": plain}
 
@@ -314,7 +315,7 @@ def parse_args(argv: list[str] | None):
     add("--encoder", default="embedded", metavar="NAME", help="sentence encoder: 'embedded', a folder, a hub name")
     add("--judge", metavar="NAME", help="a local folder, a hub name or openai:NAME (unset: the reconstructor)")
     add("--max-action-tokens", **common.COUNT, default=24, help="tokens in a reconstruction")
-    add("--batch-size", **common.COUNT, default=64, help="pairs reconstructed at once")
+    common.batch_argument(add)
     add("--tag", metavar="NAME", help="of a second set of candidates; all other settings are those of scores.jsonl")
     common.api_arguments(parser)
     args = parser.parse_args(argv)
@@ -362,8 +363,9 @@ def main(argv: list[str] | None = None) -> None:
     encoder, judge = common.load_encoder(args.encoder), load_judge(args, model)
     apis = [some for some in {id(some): some for some in (model, judge)}.values() if isinstance(some, common.ApiModel)]
     work = prepare_work(encoder, pairs, found, args.negatives, args.seed)
-    batches = common.batch_by_length(
-        work, lambda item: model.length(common.reconstruction_prompt(item.pair, None)), args.batch_size)
+    room = lambda item: (len(item.row.candidates) + 2) * (args.max_action_tokens + max(
+        model.length(common.reconstruction_prompt(item.pair, some.trace)) for some in item.row.candidates))
+    batches = common.batch_by_length(work, room, args.batch_tokens)
     todo, tokens = [batch for batch in batches if not output.has(batch)], 0
     score = lambda batch: score_pairs(batch, model, encoder, judge, args.scorers.split(","), args.max_action_tokens)
     for rows in common.run_batches(score, todo, "reconstructing and scoring"):

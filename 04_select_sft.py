@@ -6,7 +6,8 @@ context -> <think> trace </think> action, so that at test time it thinks for its
     none        no trace at all
     backward    candidate 0, unselected: Backward Synthesis
     guarded     the first candidate that passes the leak detector: recon beside it is the score and nothing else
-    recon       the best score
+    recon       the best score, by --score
+    judged      the best score by stage 3's judge: recon as the paper chooses, from the same candidates
     shuffled    recon's trace of another pair: recon beside it is what the traces say of their own pair
     longest, worst                the longest trace, the lowest score
     recon-TAG   with --tag: the first that passes of the second set; recon-grpo beside guarded is GRPO and nothing else
@@ -39,7 +40,7 @@ import torch
 import common
 from common import Choice, Pair, Scores
 
-ARMS = ("none", "backward", "guarded", "recon", "shuffled", "longest", "worst")
+ARMS = ("none", "backward", "guarded", "recon", "judged", "shuffled", "longest", "worst")
 # Scores no further apart are a tie: so much rounding moves them in float32. In bfloat16 it moves them further (see
 # docs/scoring.md), but a tolerance as wide would make ties of traces that differ; a choice repeats as scores are kept.
 TIE_TOLERANCE = 2e-5
@@ -62,8 +63,14 @@ def choose_candidate(arm: str, row: Scores, score: str) -> int:
     return next(k for k in pool if value(k) >= best - TIE_TOLERANCE)
 
 
+def score_of(arm: str, score: str) -> str:
+    """The score that an arm's choice looks at."""
+    return "judge" if arm == "judged" else score
+
+
 def choose_trace(arm: str, row: Scores, rows: dict[str, Scores], score: str) -> Choice:
     """The trace that an arm trains on for one pair; `rows` are all, for the arm shuffled."""
+    score = score_of(arm, score)
     if arm == "none":
         return Choice(id=row.id, trace=None, k=None, score=row.baseline.get(score), is_leak=False)
     source = rows[row.control.id] if arm == "shuffled" else row
@@ -101,19 +108,6 @@ def user_example(tokenizer: Any, pair: Pair, trace: str | None) -> Example:
     return prompt, [*common.close_trace(tokenizer, trace), *action, tokenizer.eos_token_id]
 
 
-def fill_rows(examples: Sequence[Example], room: int) -> list[list[Example]]:
-    """Examples in rows of at most `room` tokens, a longer one alone: short ones are faster in a row than one by one."""
-    rows, used = [], 0
-    for example in examples:
-        tokens = sum(map(len, example))
-        if not rows or used + tokens > room:
-            rows.append([])
-            used = 0
-        rows[-1].append(example)
-        used += tokens
-    return rows
-
-
 def completion_loss(model: Any, examples: Sequence[Example], total_tokens: int,
                     checkpointing: bool = False) -> torch.Tensor:
     """Cross-entropy of the completions, all of them and no more, divided by `total_tokens` of the batch; nats a token.
@@ -121,8 +115,8 @@ def completion_loss(model: Any, examples: Sequence[Example], total_tokens: int,
     The examples go through the model in one row and do not see one another (see common.shared_prefix_logits).
     """
     prefix, stems = common.split_prefix([prompt for prompt, _ in examples])
-    logprobs = common.shared_prefix_logprobs(model, prefix, stems, [[completion] for _, completion in examples],
-                                             checkpointing=checkpointing)
+    tree = prefix, stems, [[completion] for _, completion in examples]
+    (logprobs,) = common.shared_prefix_logprobs(model, [tree], checkpointing=checkpointing)
     return -sum(row.sum() for row, in logprobs) / total_tokens
 
 
@@ -141,7 +135,8 @@ def fit_user_model(base: Any, examples: Sequence[Example], args: argparse.Namesp
     warmup, losses = max(1, len(batches) // 10), []
     for step, batch in enumerate(common.progress(batches, f"fitting {name}")):
         total, loss = sum(len(examples[place][1]) for place in batch), 0.0
-        for row in fill_rows([examples[place] for place in common.shard(batch)], args.row_tokens):
+        for row in common.fill_rows([examples[place] for place in common.shard(batch)],
+                                   lambda example: sum(map(len, example)), args.row_tokens):
             part = completion_loss(model, row, total, args.checkpointing)
             part.backward()
             loss += part.item()
@@ -211,7 +206,9 @@ def main(argv: list[str] | None = None) -> None:
     if not train:
         common.fail(f"{source} holds no pair of the train split; run stages 1, 2 and 3 with more pairs")
     by_id = {pair.id: pair for pair in train}
-    rows = rows_with_score([scored[pair.id] for pair in train], scored, args.score)
+    rows = [scored[pair.id] for pair in train]
+    for score in sorted({score_of(rule, args.score) for rule in rules.values()} | {args.score}):
+        rows = rows_with_score(rows, scored, score)
     local, tokens, made = None, 0, 0
     if args.show_prompt:
         trace = choose_trace(list(rules.values())[-1], rows[0], scored, args.score).trace
@@ -231,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
         common.save_adapter(model, model_of(arm), config)
         local.model = model.unload()
         tokens, made = tokens + args.epochs * sum(len(ids) for example in examples for ids in example), made + 1
-        print(describe(arm, chosen, args.score, losses))
+        print(describe(arm, chosen, score_of(rule, args.score), losses))
     common.end_stage(args, "04_select_sft", len(rows), len(rules) * len(rows), (len(rules) - made) * len(rows), started,
                      tokens, following)
 

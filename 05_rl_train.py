@@ -106,17 +106,31 @@ def group_advantages(rewards: Sequence[float], faulty: Sequence[bool]) -> list[f
 # The loss
 
 
-def policy_logprobs(model: Any, prompt: list[int], completions: Sequence[list[int]], args: argparse.Namespace,
+@dataclass
+class Group:
+    """A prompt, the credited tokens of its completions, and the advantage of each."""
+
+    prompt: list[int]
+    completions: list[list[int]]
+    advantages: list[float]
+
+    @property
+    def tree(self) -> common.Tree:
+        return self.prompt, [[]], [self.completions]
+
+
+def policy_logprobs(model: Any, groups: Sequence[Group], args: argparse.Namespace,
                     past: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log p, entropy) of the policy that samples, at each token of a group's completions, one after the other: both
+    """(log p, entropy) of the policy that samples, at each token of the groups' completions, one after the other: both
     [tokens], float32. log p is differentiable.
 
     Tokens that min-p leaves out in sampling are left out here; the token that was sampled always stays.
     """
-    logits, (rows,) = common.shared_prefix_logits(model, prompt, [[]], [completions], past=past,
-                                                  checkpointing=args.checkpointing)
-    logits = logits[torch.cat(rows)] / args.temperature                                 # [tokens, vocabulary]
-    ids = torch.tensor(sum(completions, []), device=logits.device)[:, None]
+    logits, rows = common.shared_prefix_logits(model, [group.tree for group in groups], past=past,
+                                               checkpointing=args.checkpointing)
+    logits = logits[torch.cat([row for (stem,) in rows for row in stem])] / args.temperature    # [tokens, vocabulary]
+    ids = [token for group in groups for completion in group.completions for token in completion]
+    ids = torch.tensor(ids, device=logits.device)[:, None]
     with torch.no_grad():
         kept = logits >= logits.amax(-1, keepdim=True) + math.log(args.min_p or 1e-30)
         kept.scatter_(1, ids, True)
@@ -136,43 +150,36 @@ def policy_loss(logprobs: torch.Tensor, old: torch.Tensor, advantages: torch.Ten
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
 
 
-@dataclass
-class Group:
-    """A prompt, the credited tokens of its completions, and the advantage of each."""
-
-    prompt: list[int]
-    completions: list[list[int]]
-    advantages: list[float]
-
-
 def update(model: Any, optimizer: torch.optim.Optimizer, groups: Sequence[Group],
            args: argparse.Namespace) -> dict[str, float]:
     """--num-iterations optimizer steps over the groups that compare anything; returns the last one's measurements.
 
-    Groups go backward one at a time, longest first, so memory is that of one group. What their prompts have in common
-    is read once: its keys and values collect the gradients of all groups, then pass them on in one backward. Several
-    processes share the groups and add up their gradients, so all of them take the same step.
+    Groups go backward one at a time, longest first, so memory is that of one group; on a GPU short ones share a padded
+    forward. What their prompts have in common is read once: its keys and values collect the gradients of all groups,
+    then pass them on in one backward. Several processes share the groups and add up their gradients, so all of them
+    take the same step.
     """
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     useful = sorted((group for group in groups if any(group.advantages)),
-                    key=lambda group: len(group.prompt) + sum(map(len, group.completions)), reverse=True)
+                    key=lambda group: common.tree_tokens(group.tree), reverse=True)
     total = sum(len(ids) for group in groups for ids in group.completions)
     seen = {"idle_groups": 1 - len(useful) / len(groups), "loss": 0.0, "entropy": 0.0, "clipped": 0.0, "grad_norm": 0.0}
     if not useful:
         return seen
-    prompts, mine = [group.prompt for group in useful], common.shard(useful)
+    prompts, mine = [group.prompt for group in useful], common.fill_rows(
+        common.shard(useful), lambda group: common.tree_tokens(group.tree), common.PADDED_TOKENS)
     shared = 0 if args.checkpointing else min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
     olds: list[torch.Tensor] = []
     for _ in range(args.num_iterations):
         past = common.read_prefix(model, prompts[0][:shared])
         leaves = [tensor.detach().requires_grad_() for tensor in past]
         sums = torch.zeros(3)
-        for place, group in enumerate(mine):
-            logprobs, entropy = policy_logprobs(model, group.prompt, group.completions, args, leaves)
+        for place, row in enumerate(mine):
+            logprobs, entropy = policy_logprobs(model, row, args, leaves)
             if len(olds) == place:                         # the first iteration: the policy is the one that sampled
                 olds.append(logprobs.detach())
-            advantages = torch.tensor([value for value, ids in zip(group.advantages, group.completions) for _ in ids],
-                                      device=logprobs.device)                           # [tokens]
+            advantages = torch.tensor([value for group in row for value, ids in zip(group.advantages, group.completions)
+                                       for _ in ids], device=logprobs.device)           # [tokens]
             loss = policy_loss(logprobs, olds[place], advantages, args.clip).sum() / total
             loss.backward()
             clipped = ((logprobs.detach() - olds[place]).exp() - 1) * advantages.sign() > args.clip
@@ -226,25 +233,33 @@ class Policy:
             max_new_tokens=args.max_new_tokens, temperature=args.temperature, min_p=args.min_p,
             stop_text=end if args.objective == "e2e" and args.reward == "likelihood" else None)
 
-    def measure(self, pair: Pair, completions: Sequence[Completion], others: Sequence[str]) -> list[Measured]:
-        """What the rewards are made of, by the frozen base: the adapter is off."""
+    def read(self, pair: Pair, completions: Sequence[Completion]) -> tuple[list[str], list[Measured]]:
+        """(the traces in a pair's completions, all that is measured of them but the scores)."""
+        cosines = [0.0] * len(completions)
         if self.args.objective == "recon":
-            traces, actions = [common.trace_of(found) for found in completions], ()
+            traces = [common.trace_of(found) for found in completions]
             leaks = common.detect_leaks(self.encoder, traces, pair.action, common.format_context(pair))
             faults = [not common.is_well_formed(trace) for trace in traces]
         else:
             thoughts = [found.text.partition(common.END_THINK.strip()) for found in completions]
-            traces, actions = zip(*((thought.strip(), common.clean_action(rest)) for thought, _, rest in thoughts))
+            traces, faults = [thought.strip() for thought, *_ in thoughts], [not tag for _, tag, _ in thoughts]
             leaks = [common.Leak(leak=0.0, paraphrase=0.0, is_leak=False)] * len(traces)
-            faults = [not tag for _, tag, _ in thoughts]
+            if self.args.reward == "cosine":
+                actions = [common.clean_action(rest) for *_, rest in thoughts]
+                cosines = common.cosines(self.encoder, [pair.action] * len(actions), actions)
+        return traces, [Measured(**leak.model_dump(), cosine=cosine, malformed=fault, unfinished=not found.finished,
+                                 tokens=found.tokens)
+                        for leak, cosine, fault, found in zip(leaks, cosines, faults, completions)]
+
+    def measure(self, items: Sequence[tuple[Pair, Sequence[Completion], Sequence[str]]]) -> list[list[Measured]]:
+        """What the rewards are made of, for each (pair, completions, actions of other conversations). Scores are by the
+        frozen base: the adapter is off."""
+        read = [self.read(pair, completions) for pair, completions, _ in items]
         with self.local.model.disable_adapter():
-            scores, _ = common.likelihood_scores(self.local, pair, traces, others)
-        near = [0.0] * len(traces)
-        if self.args.reward == "cosine":
-            near = common.cosines(self.encoder, [pair.action] * len(actions), actions)
-        return [Measured(**score, **leak.model_dump(), cosine=cosine, malformed=fault, unfinished=not found.finished,
-                         tokens=found.tokens)
-                for score, leak, cosine, fault, found in zip(scores, leaks, near, faults, completions)]
+            scored = common.likelihood_scores(self.local, [
+                (pair, traces, others) for (pair, _, others), (traces, _) in zip(items, read)])
+        return [[dataclasses.replace(one, **scores) for one, scores in zip(found, rows)]
+                for (_, found), (rows, _) in zip(read, scored)]
 
 
 def credited_tokens(tokenizer: Any, completion: Completion, cut: bool) -> list[int]:
@@ -270,10 +285,10 @@ def validate(policy: Policy, pairs: Sequence[Pair], pool: Sequence[Pair], count:
     because it hands the action over. is_leak, malformed, unfinished and tokens are over all.
     """
     args = policy.args
-    batches = common.batch_by_length(pairs, lambda pair: policy.local.length(policy.prompt(pair)), args.num_prompts)
+    batches = [pairs[start:start + args.num_prompts] for start in range(0, len(pairs), args.num_prompts)]
     others = {pair.id: common.choose_negatives(pair, pool, args.negatives, "", args.seed) for pair in pairs}
-    work = lambda batch: [policy.measure(pair, found, others[pair.id])
-                          for pair, found in zip(batch, policy.rollout(batch, count, "validation"))]
+    work = lambda batch: policy.measure([(pair, found, others[pair.id]) for pair, found in zip(
+        batch, policy.rollout(batch, count, "validation"))])
     rows = [row for groups in common.run_batches(work, batches, "validating") for group in groups for row in group]
     over_all, passing = mean_of(rows), mean_of([row for row in rows if not (row.is_leak or row.malformed)])
     return passing | {key: over_all[key] for key in ("is_leak", "malformed", "unfinished", "tokens")}
@@ -337,8 +352,9 @@ def train(policy: Policy, base: Any, pairs: Sequence[Pair], held_out: Sequence[P
         draw = lambda some: policy.rollout([pair for _, pair in some], args.num_generations, "rollout", step)
         completions = common.in_portions(draw, mine) if mine else []
         clock.append(time.monotonic())
-        measured = [policy.measure(pair, group, common.choose_negatives(pair, pairs, args.negatives, "", step))
-                    for (_, pair), group in zip(mine, completions)]
+        measured = common.in_portions(policy.measure, [
+            (pair, group, common.choose_negatives(pair, pairs, args.negatives, "", step))
+            for (_, pair), group in zip(mine, completions)]) if mine else []
         everyone = sorted(common.gather([(place, *rest) for (place, _), *rest in zip(mine, completions, measured)]),
                           key=lambda entry: entry[0])
         clock.append(time.monotonic())

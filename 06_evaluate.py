@@ -48,7 +48,7 @@ from common import Choice, Completion, Cost, LocalModel, Pair, Prompt, Row, Scor
 select_sft = importlib.import_module("04_select_sft")
 rl_train = importlib.import_module("05_rl_train")
 
-ORDER = ("none", "backward", "guarded", "recon", "recon-grpo", "e2e-grpo", "shuffled", "longest", "worst")
+ORDER = ("none", "backward", "guarded", "recon", "judged", "recon-grpo", "e2e-grpo", "shuffled", "longest", "worst")
 JUDGING = ("versus", "round_robin", "judge", "encoder", "margin", "api_omit")          # what no prediction depends on
 FITTING = ("rank", "epochs", "batch_size", "lr", "limit", "seed", "dtype", "four_bit")         # the same for all arms
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "report.html"
@@ -95,7 +95,7 @@ def true_action_logprob(local: LocalModel, pair: Pair, traces: Sequence[str | No
     prompt = common.encode_prompt(local.tokenizer, common.user_prompt(pair, thinking=traces[0] is not None))
     action = common.encode_data(local.tokenizer, pair.action)
     stems = [common.close_trace(local.tokenizer, trace) for trace in traces]
-    found = common.shared_prefix_logprobs(local.model, prompt, stems, [[action]] * len(stems))
+    (found,) = common.shared_prefix_logprobs(local.model, [(prompt, stems, [[action]] * len(stems))])
     sums = torch.stack([row.sum() for row, in found])      # [K]
     return ((sums.logsumexp(0) - math.log(len(sums))) / len(action)).item()
 
@@ -145,11 +145,14 @@ def act_all(args: argparse.Namespace, pairs: Sequence[Pair], arms: Sequence[str]
         config = common.run_config(args, inputs, ["user_model"], JUDGING)
         output = common.Output(args.run / "predictions" / f"{arm}.jsonl", Prediction, config, args.overwrite)
         there += len(output.rows)
-        batches = common.batch_by_length(pairs, lambda pair: len(common.format_scene(pair)), args.batch_size)
-        if todo := [batch for batch in batches if not output.has(batch)]:
-            local = load()
+        if not output.has(pairs):
+            local, thinking = load(), arm != "none"
+            tokens_of = lambda pair: args.num_actions * (local.length(common.user_prompt(pair, thinking))
+                                                         + args.max_trace_tokens + args.max_action_tokens)
+            batches = common.batch_by_length(pairs, tokens_of, args.batch_tokens)
+            todo = [batch for batch in batches if not output.has(batch)]
             user = LocalModel(common.add_adapter(local.model, 0, 0, folder, trainable=False), local.tokenizer)
-            for rows in common.run_batches(lambda batch: act(user, batch, arm != "none", args), todo, f"{arm} acts"):
+            for rows in common.run_batches(lambda batch: act(user, batch, thinking, args), todo, f"{arm} acts"):
                 output.append(rows)
                 tokens += sum(answer.tokens for row in rows for answer in row.answers)
             local.model = user.model.unload()
@@ -219,7 +222,7 @@ def local_judge(name: str, local: LocalModel) -> Judge:
     def ask(pair: Pair, questions: list[tuple[str, str]]) -> list[str | None]:
         prompts = [common.encode_prompt(local.tokenizer, comparison_prompt(pair, question)) for question in questions]
         prefix, stems = common.split_prefix(prompts)
-        logits, rows = common.shared_prefix_logits(local.model, prefix, stems, [[letters[0]]] * len(stems))
+        logits, (rows,) = common.shared_prefix_logits(local.model, [(prefix, stems, [[letters[0]]] * len(stems))])
         leads = (logits[:, letters[0][0]] - logits[:, letters[1][0]])[torch.cat([row for row, in rows])].tolist()
         return ["first" if lead > 0 else "second" if lead < 0 else "tie" for lead in leads]
 
@@ -385,6 +388,8 @@ def find_warnings(comparisons: Sequence[Comparison], arms: dict[str, Any], args:
         found.append(f"The judge and the leak detector share an encoder{chosen}: it sees topic and wording alone.")
     elif args.judge == args.model:
         found.append(f"The judge {args.judge} is the user models' own base, and such judges favour their own.")
+    if "judged" in arms and args.judge == common.read_config(args.run / "scores.jsonl")["arguments"]["judge"]:
+        found.append("The judge that compares here also chose the traces of judged.")
     for row in comparisons:
         if row.flip_rate and row.flip_rate > 0.3:
             found.append(f"{row.what}: the judge contradicts itself in {row.flip_rate:.0%} of pairs when the order of "
@@ -483,7 +488,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--max-action-tokens", **common.COUNT, default=24, help="tokens in an action, at most")
     add("--temperature", type=common.positive_float, default=0.7, help="of traces and actions")
     add("--min-p", type=common.fraction, default=0.1, help="leave out tokens less likely than this times the likeliest")
-    add("--batch-size", **common.COUNT, default=64, help="pairs at once")
+    common.batch_argument(add)
     add = parser.add_argument_group("judging").add_argument
     add("--versus", default="backward", metavar="ARM", help="the arm that all others are compared with")
     add("--round-robin", action="store_true", help="compare all arms with one another")
@@ -559,7 +564,8 @@ def main(argv: list[str] | None = None) -> None:
     recon = args.run / "traces" / "recon.jsonl"
     score = common.read_config(recon)["arguments"]["score"] if recon.is_file() else "contrast"
     rules = {arm: (None, arm) for arm in select_sft.ARMS} | {f"recon-{tag}": (tag, "guarded") for tag in tags}
-    rebuilt = {arm: reconstructed(scores[tag], rule, score) for arm, (tag, rule) in rules.items()}
+    rebuilt = {arm: reconstructed(scores[tag], rule, select_sft.score_of(rule, score))
+               for arm, (tag, rule) in rules.items()}
     written = {"actions": {arm: {name: [(answer.trace, answer.action) for answer in row.answers]
                                  for name, row in rows.items()} for arm, rows in predictions.items()},
                "reconstructions": {arm: found for arm, found in rebuilt.items() if found}}

@@ -220,6 +220,9 @@ def stage_arguments(doc: str, default_limit: int | None = None) -> argparse.Argu
     add("--overwrite", action="store_true", help="discard what this stage made earlier, and make it anew")
     return parser
 
+def batch_argument(add: Callable[..., Any]) -> None:
+    add("--batch-tokens", **COUNT, default=131072, help="tokens at once, at most: prompts and completions of a batch")
+
 def api_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("openai:NAME, at OPENAI_BASE_URL with the key in OPENAI_API_KEY").add_argument
     add("--concurrency", type=positive_int, default=8, metavar="N", help="requests sent at once")
@@ -396,13 +399,18 @@ class Output:
         append_rows(self.path, list(fresh.values()))
         self.rows |= fresh
 
-def batch_by_length(items: Sequence, length: Callable[[Any], int], size: int) -> list[list]:
-    """Items in batches of `size`, longest first: little is padded, and a lack of memory shows at the start.
+def batch_by_length(items: Sequence, tokens: Callable[[Any], int], room: int) -> list[list]:
+    """Items in batches of at most `room` tokens, padding included; a longer item stands alone. Longest first: little is
+    padded, and a lack of memory shows at the start.
 
     A stage makes them of its whole input, not of what is left, so that a resumed run computes the very same batches.
     """
-    ordered = sorted(items, key=length, reverse=True)
-    return [ordered[start:start + size] for start in range(0, len(ordered), size)]
+    ordered, batches = sorted(items, key=tokens, reverse=True), []
+    while ordered:
+        count = max(1, room // tokens(ordered[0]))
+        batches.append(ordered[:count])
+        ordered = ordered[count:]
+    return batches
 
 def end_stage(args: argparse.Namespace, stage: str, rows_in: int, rows_out: int, skipped: int, started: float,
               tokens: int, following: str, apis: Sequence["ApiModel"] = ()) -> None:
@@ -1030,7 +1038,8 @@ def read_prefix(model: Any, ids: list[int]) -> list[torch.Tensor]:
     """
     cache = Cache(layer_class_to_replicate=DynamicLayer)
     if ids:
-        model(torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True,
+              logits_to_keep=torch.tensor([-1], device=model.device))
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 @contextmanager
@@ -1046,57 +1055,87 @@ def activation_checkpointing(model: Any) -> Iterator[None]:
         for layer in layers:
             del layer.forward
 
-def shared_prefix_logits(model: Any, prefix: list[int], stems: Sequence[list[int]],
-                         leaves: Sequence[Sequence[list[int]]], past: Sequence[torch.Tensor] = (),
-                         checkpointing: bool = False) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
-    """Read a tree of tokens in one row: a prefix, stems behind it, leaves behind each stem.
+# A prefix, stems, the leaves of each stem.
+Tree = tuple[list[int], Sequence[list[int]], Sequence[Sequence[list[int]]]]
 
-    Returns float32 logits [places, vocabulary] and rows[stem][leaf], one index a token of the leaf: where it is
+def shared_prefix_logits(model: Any, trees: Sequence[Tree], past: Sequence[torch.Tensor] = (),
+                         checkpointing: bool = False) -> tuple[torch.Tensor, list[list[list[torch.Tensor]]]]:
+    """Read trees of tokens: a prefix, stems behind it, leaves behind each stem. Each is a row; short rows are padded.
+
+    Returns float32 logits [places, vocabulary] and rows[tree][stem][leaf], one index a token of the leaf: where it is
     predicted. Nothing is predicted for prefix and stems. A token sees the prefix, its own stem and its own leaf, by a
     4-D mask; position ids restart behind the prefix for each stem and behind the stem for each leaf.
 
-    `past` (see read_prefix) holds the first tokens of the prefix, at most all but one, which are then not read again.
+    `past` (see read_prefix) holds the first tokens of all prefixes, at most all but one, which are then not read again.
     `checkpointing` saves memory in backward, without `past`. Differentiable, through `past` as well.
     """
-    device, start = model.device, len(prefix)
-    tokens, positions, stem_of, leaf_of, places = list(prefix), list(range(start)), [-1] * start, [-1] * start, []
-    for s, (stem, branches) in enumerate(zip(stems, leaves)):
-        tokens, stem_of, leaf_of = tokens + stem, stem_of + [s] * len(stem), leaf_of + [-1] * len(stem)
-        positions += range(start, start + len(stem))
-        before, found = (len(tokens) if stem else start) - 1, []   # what predicts the first token of a leaf
-        for number, leaf in enumerate(branches):
-            body = leaf[:-1]                                       # nothing is predicted from the last token
-            found.append([before, *range(len(tokens), len(tokens) + len(body))][:len(leaf)])
-            tokens, stem_of, leaf_of = tokens + body, stem_of + [s] * len(body), leaf_of + [number] * len(body)
-            positions += range(start + len(stem), start + len(stem) + len(body))
-        places.append(found)
-    check_window(model, max(positions) + 1)
-    read = past[0].shape[2] if past else 0
-    wanted = sorted({place for found in places for some in found for place in some})
-    options = {"logits_to_keep": torch.tensor(wanted, device=device) - read, "use_cache": bool(past)}
+    device, read = model.device, past[0].shape[2] if past else 0
+    laid, found, wanted = [], [], {}                               # wanted: {(tree, place): row of the logits}
+    for number, (prefix, stems, leaves) in enumerate(trees):
+        start, rows = len(prefix), []
+        tokens, positions, stem_of, leaf_of = list(prefix), list(range(start)), [-1] * start, [-1] * start
+        for s, (stem, branches) in enumerate(zip(stems, leaves)):
+            tokens, stem_of, leaf_of = tokens + stem, stem_of + [s] * len(stem), leaf_of + [-1] * len(stem)
+            positions += range(start, start + len(stem))
+            before = (len(tokens) if stem else start) - 1          # what predicts the first token of a leaf
+            rows.append([])
+            for branch, leaf in enumerate(branches):
+                body = leaf[:-1]                                   # nothing is predicted from the last token
+                places = [before, *range(len(tokens), len(tokens) + len(body))][:len(leaf)]
+                rows[-1].append(torch.tensor([wanted.setdefault((number, place - read), len(wanted))
+                                              for place in places], device=device))
+                tokens, stem_of, leaf_of = tokens + body, stem_of + [s] * len(body), leaf_of + [branch] * len(body)
+                positions += range(start + len(stem), start + len(stem) + len(body))
+        laid.append((tokens, positions, stem_of, leaf_of))
+        found.append(rows)
+    width = max(len(tokens) for tokens, *_ in laid)
+    ids, positions, stem_of, leaf_of = (torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+                                        for rows in zip(*laid))    # each [trees, width]
+    check_window(model, int(positions.max()) + 1)
+    options: dict[str, Any] = {"use_cache": bool(past)}
     if past:
         options["past_key_values"] = Cache(layer_class_to_replicate=DynamicLayer)
         for layer in range(len(past) // 2):
-            options["past_key_values"].update(past[2 * layer], past[2 * layer + 1], layer)
-    if past or len(stems) > 1 or len(leaves[0]) > 1:               # else it is a plain causal row, which needs no mask
-        stem_at, leaf_at = torch.tensor(stem_of, device=device), torch.tensor(leaf_of, device=device)
-        visible = ((stem_at == -1) | (stem_at[:, None] == stem_at)) & ((leaf_at == -1) | (leaf_at[:, None] == leaf_at))
-        mask = torch.zeros(1, 1, len(tokens) - read, len(tokens), dtype=model.dtype, device=device)
-        options["attention_mask"] = mask.masked_fill_(~visible.tril()[read:], torch.finfo(model.dtype).min)
-    with activation_checkpointing(model) if checkpointing else nullcontext():
-        logits = model(torch.tensor([tokens[read:]], device=device),
-                       position_ids=torch.tensor([positions[read:]], device=device), **options).logits[0]
-    index = {place: row for row, place in enumerate(wanted)}
-    return logits.float(), [[torch.tensor([index[place] for place in some], device=device) for some in found]
-                            for found in places]
+            options["past_key_values"].update(*(some.expand(len(trees), -1, -1, -1)
+                                                for some in past[2 * layer:2 * layer + 2]), layer)
+    if past or any(len(stems) > 1 or len(leaves[0]) > 1 for _, stems, leaves in trees):
+        same = lambda of: (of == -1)[:, None] | (of[:, :, None] == of[:, None])
+        visible = (same(stem_of) & same(leaf_of)).tril()[:, None, read:]                # padding is behind all that reads
+        mask = torch.zeros(visible.shape, dtype=model.dtype, device=device)
+        options["attention_mask"] = mask.masked_fill_(~visible, torch.finfo(model.dtype).min)
+    # Logits only where they are read: logits_to_keep would take the same places of every tree.
+    tree, place = torch.tensor(list(wanted), device=device).T      # each [places]
+    select = lambda _, hidden: hidden[0][tree, place][None]        # [1, places, hidden size]
+    with (model.get_output_embeddings().register_forward_pre_hook(select),
+          activation_checkpointing(model) if checkpointing else nullcontext()):
+        logits = model(ids[:, read:], position_ids=positions[:, read:], **options).logits[0]
+    return logits.float(), found
 
-def shared_prefix_logprobs(model: Any, prefix: list[int], stems: Sequence[list[int]],
-                           leaves: Sequence[Sequence[list[int]]], **options: Any) -> list[list[torch.Tensor]]:
-    """log p of the tokens of each leaf, float32 [len(leaf)]; see shared_prefix_logits. Differentiable."""
-    logits, rows = shared_prefix_logits(model, prefix, stems, leaves, **options)
+def shared_prefix_logprobs(model: Any, trees: Sequence[Tree], **options: Any) -> list[list[list[torch.Tensor]]]:
+    """log p of the tokens of each tree's stem's leaf, float32 [len(leaf)]; see shared_prefix_logits. Differentiable."""
+    logits, rows = shared_prefix_logits(model, trees, **options)
     normaliser = logits.logsumexp(-1)                              # [places]
     pick = lambda leaf, at: logits[at, torch.tensor(leaf, device=logits.device, dtype=torch.long)] - normaliser[at]
-    return [[pick(leaf, at) for leaf, at in zip(branches, found)] for branches, found in zip(leaves, rows)]
+    return [[[pick(leaf, at) for leaf, at in zip(*stem)] for stem in zip(leaves, found)]
+            for (_, _, leaves), found in zip(trees, rows)]
+
+def tree_tokens(tree: Tree) -> int:
+    prefix, stems, leaves = tree
+    return len(prefix) + sum(map(len, stems)) + sum(len(leaf) for branches in leaves for leaf in branches)
+
+# Tokens that are read in one padded forward. A small forward a pair leaves a GPU idle, but keeps a CPU busy.
+PADDED_TOKENS = 2048 if torch.cuda.is_available() else 0
+
+def fill_rows(items: Sequence, size: Callable[[Any], int], room: int) -> list[list]:
+    """Items, in order, in lists of at most `room` tokens in all; a longer item stands alone."""
+    rows, used = [], 0
+    for item in items:
+        if not rows or used + size(item) > room:
+            rows.append([])
+            used = 0
+        rows[-1].append(item)
+        used += size(item)
+    return rows
 
 WORD = re.compile(r"\w+(?:['’]\w+)*")
 PARAPHRASE_LIMIT = 0.5     # a trace this near to the action in other words is a leak; chosen on tests/data/planted
@@ -1199,35 +1238,46 @@ def choose_negatives(pair: Pair, pairs: Sequence[Pair], count: int, but: str, *s
     return random.Random(stable_seed(*seed, "negatives", pair.id)).sample(others, min(count, len(others)))
 
 @torch.inference_mode()
-def likelihood_scores(local: LocalModel, pair: Pair, traces: Sequence[str], others: Sequence[str] = ()
-                      ) -> tuple[list[dict[str, float]], float]:
-    """Score traces by how much likelier they make the true action, in one forward for all traces and actions.
+def likelihood_scores(local: LocalModel, items: Sequence[tuple[Pair, Sequence[str], Sequence[str]]]
+                      ) -> list[tuple[list[dict[str, float]], float]]:
+    """Score the traces of each item (pair, traces, others) by how much likelier they make the pair's true action.
 
     Each is a mean over the action's tokens of log p(token | context, trace) - log p(token | context), nats a token:
       likelihood         every token counts
       masked_likelihood  tokens that the trace gives away count as 0 (see credit_mask)
       contrast           masked_likelihood minus its mean over `others`, actions of other conversations, in the same
                          context: what helps any action earns nothing
-    Also returns the mean log p of the action without a trace. Means, because a product over a long action collapses
-    (VeriFree, RLPR and NOVER meet the same problem).
+    Also returns each item's mean log p of the action without a trace. Means, because a product over a long action
+    collapses (VeriFree, RLPR and NOVER meet the same problem). One forward reads all traces and actions of a pair; on a
+    GPU, short pairs share one.
     """
-    # With the space that follows every name in the context: without it the first token would be an unlikely one.
-    tokenizer, context, actions = local.tokenizer, format_context(pair), [f" {text}" for text in (pair.action, *others)]
-    prompts = [with_trace("transcript", trace, context=context, setting=one_line(pair.setting or SETTING))
-               for trace in (None, *traces)]
-    prefix, stems = split_prefix([encode_prompt(tokenizer, prompt) for prompt in prompts])
-    leaves = [[encode_data(tokenizer, action) for action in actions]] * len(stems)
-    past = read_prefix(local.model, prefix[:-1])                   # or its row of the mask would be computed as well
-    plain, *logprobs = shared_prefix_logprobs(local.model, prefix, stems, leaves, past=past)
-    rows = []
-    for trace, found in zip(traces, logprobs):
-        gains = [after - before for after, before in zip(found, plain)]                 # [action] of [tokens]
-        masks = [torch.tensor(credit_mask(tokenizer, trace, action, context)) for action in actions]
-        credited = [(gain * mask.to(gain.device)).mean().item() for gain, mask in zip(gains, masks)]
-        rows.append({"likelihood": gains[0].mean().item(), "masked_likelihood": credited[0]})
-        if others:
-            rows[-1]["contrast"] = credited[0] - sum(credited[1:]) / len(others)
-    return rows, plain[0].mean().item()
+    tokenizer, model, trees = local.tokenizer, local.model, []
+    for pair, traces, others in items:
+        prompts = [with_trace("transcript", trace, context=format_context(pair),
+                              setting=one_line(pair.setting or SETTING)) for trace in (None, *traces)]
+        prefix, stems = split_prefix([encode_prompt(tokenizer, prompt) for prompt in prompts])
+        # With the space that follows every name in the context: without it the first token would be an unlikely one.
+        actions = [encode_data(tokenizer, f" {text}") for text in (pair.action, *others)]
+        trees.append((prefix, stems, [actions] * len(stems)))
+    found = []
+    for row in fill_rows(trees, tree_tokens, PADDED_TOKENS):
+        # The prefix of one alone is read before, or its part of the mask would be computed as well.
+        past = read_prefix(model, row[0][0][:-1]) if len(row) == 1 else ()
+        found += shared_prefix_logprobs(model, row, past=past)
+
+    results = []
+    for (pair, traces, others), (plain, *logprobs) in zip(items, found):
+        context, rows = format_context(pair), []
+        for trace, behind in zip(traces, logprobs):
+            gains = [after - before for after, before in zip(behind, plain)]            # [action] of [tokens]
+            masks = [torch.tensor(credit_mask(tokenizer, trace, f" {action}", context))
+                     for action in (pair.action, *others)]
+            credited = [(gain * mask.to(gain.device)).mean().item() for gain, mask in zip(gains, masks)]
+            rows.append({"likelihood": gains[0].mean().item(), "masked_likelihood": credited[0]})
+            if others:
+                rows[-1]["contrast"] = credited[0] - sum(credited[1:]) / len(others)
+        results.append((rows, plain[0].mean().item()))
+    return results
 
 # ----------------------------------------------------------------------------------------------------------------------
 # API: a model behind an OpenAI-compatible API

@@ -30,14 +30,14 @@ case "${1:-}" in
     --dtype) run="--run runs/demo-float32 --dtype float32" ;;
     --gpu)
         size=${2:-8b} judge=microsoft/Phi-4-mini-instruct        # of another family than the models it judges
-        [ "$size" = 8b ] && context=2048 trace=256 batch=4 || context=1024 trace=192 batch=2
+        [ "$size" = 8b ] && context=2048 trace=256 tokens=36864 || context=1024 trace=192 tokens=9728
         run="--run runs/gpu$([ "$size" = 8b ] || echo "-$size") --model Qwen/Qwen3-${size^^}"
         prepare="--limit 600 --val-share 0.1 --test-share 0.4 --max-context-turns 40 --max-context-tokens $context --max-action-tokens 64"
-        e2e="" sample="--max-trace-tokens $trace --batch-size $batch"
-        score="--scorers likelihood,embedding,judge --judge $judge --max-action-tokens 64 --batch-size $batch"
-        fit="--lr 2e-4 --batch-size 8 --row-tokens $((context + trace + 72)) --arms none,backward,guarded,recon,shuffled,worst"
+        e2e="" sample="--max-trace-tokens $trace --batch-tokens $tokens"
+        score="--scorers likelihood,embedding,judge --judge $judge --max-action-tokens 64 --batch-tokens $tokens"
+        fit="--lr 2e-4 --batch-size 8 --row-tokens $((context + trace + 72)) --arms none,backward,guarded,recon,judged,shuffled,worst"
         train="--steps 100 --num-prompts 8 --num-generations 8 --lr 2e-5 --warmup 10 --val-every 10 --save-every 10 --max-new-tokens $((trace + 8))"
-        act="--judge $judge --round-robin --max-trace-tokens $((trace + 8)) --max-action-tokens 64 --batch-size $batch" ;;
+        act="--judge $judge --round-robin --max-trace-tokens $((trace + 8)) --max-action-tokens 64 --batch-tokens $tokens" ;;
 esac
 # Freed memory is kept for the next tensor: asking the system for it anew takes a twentieth of the time on a CPU.
 export MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456

@@ -28,7 +28,7 @@ from common import fraction, positive_float, positive_int
 
 # What the judge of stage 3 answers, and what stands around each guess that it is shown.
 RATING, GUESS = '"1":{"style":0,"intent":0,"values":0},', "Guess 1: \n"
-RECONSTRUCTED_ARMS = 8                                     # in stage 6: all of stage 4, and recon-grpo
+RECONSTRUCTED_ARMS = 9                                     # in stage 6: all of stage 4, and recon-grpo
 HELD_OUT_TRACES = 4                                        # of a pair, each time that stage 5 validates
 
 

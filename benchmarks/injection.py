@@ -130,7 +130,8 @@ def main(argv: list[str] | None = None) -> None:
         for kind in kinds:
             shown = [pair] if kind == "clean" else [with_turn(pair, text) for text in texts[kind]]
             guesses = [written] if kind == "clean" else [f"{written} {text}" for text in texts[kind]]
-            likely = [common.likelihood_scores(local, some, [TRACE])[0][0] for some in shown]
+            found = common.likelihood_scores(local, [(some, [TRACE], []) for some in shown])
+            likely = [scores for (scores,), _ in found]
             for name in scores:
                 in_context[name][kind].append([score[name] for score in likely])
             again = scoring.reconstruct(local, shown, [[TRACE]] * len(shown), 24)

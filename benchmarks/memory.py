@@ -47,7 +47,7 @@ GIB = 2**30
 ROOM = 64                                                  # spare tokens in a RoomyLayer
 RANK, ANSWERS, NEGATIVES = 16, 1, 4                        # stages' defaults
 VALIDATED = (8, 4)                                         # prompts at once, and traces of each
-COMPARED = 56                                              # questions of a pair in stage 6: 8 arms, --round-robin
+COMPARED = 72                                              # questions of a pair in stage 6: 9 arms, --round-robin
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -322,8 +322,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     @torch.inference_mode()
     def packed(reader: Any, shared: int, stems: int, stem: int, leaves: int, leaf: int, past: bool = True) -> None:
         prefix = ids(shared)
-        common.shared_prefix_logprobs(reader, prefix, [ids(stem) for _ in range(stems)], [
-            [ids(leaf) for _ in range(leaves)]] * stems, past=common.read_prefix(reader, prefix[:-1]) if past else ())
+        tree = prefix, [ids(stem) for _ in range(stems)], [[ids(leaf) for _ in range(leaves)]] * stems
+        common.shared_prefix_logprobs(reader, [tree], past=common.read_prefix(reader, prefix[:-1]) if past else ())
 
     def step() -> None:
         optimizer.step()

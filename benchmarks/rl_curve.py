@@ -118,7 +118,7 @@ def choose_best(policy: rl_train.Policy, batch: Sequence[Pair], pool: Sequence[P
     rows = []
     for pair, found in zip(batch, policy.rollout(batch, count, "expert", *seed)):
         others = common.choose_negatives(pair, pool, policy.args.negatives, "", "expert", *seed)
-        measured = policy.measure(pair, found, others)
+        (measured,) = policy.measure([(pair, found, others)])
         rewards = {k: rl_train.reward_of(one, policy.args) for k, one in enumerate(measured)
                    if not rl_train.is_faulty(one, policy.args)}
         if rewards:
@@ -170,9 +170,9 @@ def write_traces(policy: rl_train.Policy, pairs: Sequence[Pair], pool: Sequence[
     for batch in tqdm([pairs[start:start + 8] for start in range(0, len(pairs), 8)], "measuring", disable=None):
         for pair, found in zip(batch, policy.rollout(batch, count, "test")):
             others = common.choose_negatives(pair, pool, NEGATIVES, "", "test")
-            measured = policy.measure(pair, found, others)
+            (measured,) = policy.measure([(pair, found, others)])
             traces = [common.trace_of(one) for one in found]
-            read = common.likelihood_scores(second, pair, traces, others)[0] if second else [{}] * count
+            read = common.likelihood_scores(second, [(pair, traces, others)])[0][0] if second else [{}] * count
             rows += [Written(id=f"{pair.id}#{k}", pair=pair.id, conversation=pair.conversation, trace=trace,
                              measured={key: float(value) for key, value in vars(measured[k]).items()}, second=read[k])
                      for k, trace in enumerate(traces)]

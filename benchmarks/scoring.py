@@ -73,7 +73,7 @@ def more_scores(local: LocalModel, pair: Pair, traces: Sequence[str]) -> list[di
         prompts = [common.with_trace(name, trace, context=context, setting=pair.setting or common.SETTING)
                    for trace in (None, *traces)]
         prefix, stems = common.split_prefix([common.encode_prompt(local.tokenizer, prompt) for prompt in prompts])
-        found = common.shared_prefix_logprobs(local.model, prefix, stems, [[action]] * len(stems))
+        (found,) = common.shared_prefix_logprobs(local.model, [(prefix, stems, [[action]] * len(stems))])
         table[name] = torch.stack([row for row, in found]).cpu()                        # [1 + traces, action tokens]
     plain, chat = table["transcript"], table["reconstruction"]
     gain = lambda values: values[1:] - values[0]
@@ -148,7 +148,8 @@ def measure_rounding(local: LocalModel, items: Sequence[Planted]) -> dict[str, f
     for item in items:
         pair = planted_pair(item)
         traces = [item.cause, item.justification, item.leak]
-        (one, _), (turned, _) = (common.likelihood_scores(local, pair, some) for some in (traces, traces[::-1]))
+        (one, _), (turned, _) = (common.likelihood_scores(local, [(pair, some, [])])[0]
+                                 for some in (traces, traces[::-1]))
         moves += [abs(a[name] - b[name]) for a, b in zip(one, turned[::-1]) for name in a]
     return {"largest": max(moves), "median": sorted(moves)[len(moves) // 2]}
 

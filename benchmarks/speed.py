@@ -137,8 +137,8 @@ def race_scoring(model: Any, args: argparse.Namespace, trace: int) -> dict[str, 
     scores = {}
 
     def shared() -> None:
-        found = common.shared_prefix_logprobs(model, prefix, stems.tolist(), [[action]] * len(stems),
-                                              past=common.read_prefix(model, prefix[:-1]))
+        (found,) = common.shared_prefix_logprobs(model, [(prefix, stems.tolist(), [[action]] * len(stems))],
+                                                 past=common.read_prefix(model, prefix[:-1]))
         scores["shared"] = torch.cat([row for row, in found])
 
     def padded() -> None:

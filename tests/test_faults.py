@@ -16,7 +16,7 @@ from conftest import make_run, release, run_stages
 import common
 from benchmarks import faults
 
-SAMPLING = "02_sample_candidates", "--num-samples", "2", "--max-trace-tokens", "12", "--batch-size", "2"
+SAMPLING = "02_sample_candidates", "--num-samples", "2", "--max-trace-tokens", "12", "--batch-tokens", "1"
 FITTING = "04_select_sft", "--arms", "none", "--epochs", "1", "--rank", "4"
 
 

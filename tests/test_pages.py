@@ -9,7 +9,7 @@ import common
 evaluate = importlib.import_module("06_evaluate")
 
 HOSTILE = "</script><script>console.error('escaped')</script><img src=x onerror=console.error('escaped')> <!--"
-ARMS = ("none", "backward", "guarded", "recon", "recon-grpo", "e2e-grpo", "shuffled", "longest", "worst")
+ARMS = ("none", "backward", "guarded", "recon", "judged", "recon-grpo", "e2e-grpo", "shuffled", "longest", "worst")
 SCORES = ("likelihood", "masked_likelihood", "contrast", "embedding", "judge")
 
 # By how many pixels tables are wider than the inside of their cards, and the page than the screen.

@@ -15,13 +15,13 @@ from conftest import ROOT, make_pair, make_run, run_stages
 
 import common
 
-SAMPLING = "02_sample_candidates --num-samples 2 --max-trace-tokens 12 --batch-size 2"
-SCORING = "03_reconstruct_score --max-action-tokens 6 --batch-size 2"
+SAMPLING = "02_sample_candidates --num-samples 2 --max-trace-tokens 12 --batch-tokens 1"
+SCORING = "03_reconstruct_score --max-action-tokens 6 --batch-tokens 1"
 FITTING = "04_select_sft --arms backward,none --epochs 1 --batch-size 3 --rank 4"
 GRPO = ("05_rl_train --num-prompts 3 --num-generations 2 --rank 4 --save-every 1 --val-every 2 --steps 2 "
         "--reward likelihood --paraphrase-weight 0")       # the naive reward: random text is no trace to the other one
 E2E = "05_rl_train --objective e2e --num-generations 2 --max-new-tokens 12 --steps 1 --rank 4"
-EVALUATING = "06_evaluate --max-trace-tokens 8 --max-action-tokens 6 --batch-size 2"
+EVALUATING = "06_evaluate --max-trace-tokens 8 --max-action-tokens 6 --batch-tokens 1"
 STAGES = """
 import sys
 import conftest
@@ -106,7 +106,7 @@ def is_rank_1(folder: Path, launcher: int) -> bool:
 
 
 def test_a_process_that_is_killed_stops_all_and_another_number_of_them_goes_on(tmp_path, tiny_folder, stage, capsys):
-    command = f"{SAMPLING} --max-trace-tokens 24 --batch-size 1"
+    command = f"{SAMPLING} --max-trace-tokens 24 --batch-tokens 1"
     alone, together = (make_run(tmp_path / name, train=12) for name in ("alone", "together"))
     run_stages(stage, alone, tiny_folder, command)
     output, (name, *arguments) = together / "candidates.jsonl", command.split()

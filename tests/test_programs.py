@@ -76,7 +76,8 @@ def test_a_real_model_prefers_a_trace_that_says_what_the_reply_is_about():
     pair = make_pair(action="sorry, I have to work all weekend", context=[turn])
     own, other = ("Sam is stressed about a job that leaves no free time.",
                   "Sam is proud of a new puppy and wants to show it around.")
-    scores, _ = common.likelihood_scores(local, pair, [own, other], ["the puppy likes everybody so much"])
+    items = [(pair, [own, other], ["the puppy likes everybody so much"])]
+    ((scores, _),) = common.likelihood_scores(local, items)
     assert scores[0]["likelihood"] > scores[1]["likelihood"] and scores[0]["contrast"] > scores[1]["contrast"]
 
 

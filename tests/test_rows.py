@@ -111,7 +111,7 @@ def test_a_run_folder_that_cannot_serve_is_refused_before_any_work(tmp_path, cap
     assert "is of an earlier version" in failure(capsys, common.open_run, args)
 
 
-@pytest.mark.parametrize("flags", [("--limit", "0"), ("--batch-size", "1.5"), ("--min-p", "2"), ("--min-p", "nan")])
+@pytest.mark.parametrize("flags", [("--limit", "0"), ("--batch-tokens", "1.5"), ("--min-p", "2"), ("--min-p", "nan")])
 def test_a_number_that_makes_no_sense_is_refused(stage, tmp_path, capsys, flags):
     with pytest.raises(SystemExit) as caught:
         stage("02_sample_candidates").main(["--run", str(tmp_path), *flags])
@@ -121,4 +121,4 @@ def test_a_number_that_makes_no_sense_is_refused(stage, tmp_path, capsys, flags)
 def test_seeds_depend_on_every_part_and_batches_hold_every_item_once_longest_first():
     assert len({common.stable_seed(seed, name, k) for seed in (0, 1) for name in ("a", "b") for k in (0, 1)}) == 8
     assert common.stable_seed(0, "a") == common.stable_seed(0, "a") < 2**63
-    assert common.batch_by_length([3, 1, 4, 1, 5], lambda item: item, 2) == [[5, 4], [3, 1], [1]]
+    assert common.batch_by_length([3, 1, 4, 9, 1, 5], lambda item: item, 8) == [[9], [5], [4, 3], [1, 1]]

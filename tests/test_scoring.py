@@ -14,16 +14,20 @@ def slow_logprobs(model, before: list[int], leaf: list[int]) -> torch.Tensor:
     return torch.stack([logprobs[len(before) + at - 1, token] for at, token in enumerate(leaf)])
 
 
-@pytest.mark.parametrize("way", ["plain", "past", "checkpointing", "one row"])
+@pytest.mark.parametrize("way", ["plain", "past", "checkpointing", "one row", "padded"])
 def test_a_tree_of_tokens_reads_as_its_rows_one_at_a_time_and_so_do_its_gradients(tiny, numbers, way):
     """A leaf that saw its neighbour, or a wrong position id, would change both."""
     model, prefix, one = tiny.model.requires_grad_(True), random_ids(numbers, 2, 12), way == "one row"
     stems = [[]] if one else [random_ids(numbers, 0, 5) for _ in range(numbers.randint(1, 3))]
     leaves = [[random_ids(numbers, 1, 6) for _ in range(1 if one else numbers.randint(1, 3))] for _ in stems]
     past = common.read_prefix(model, prefix[:numbers.randrange(1, len(prefix)) if way == "past" else 0])
-    tree = common.shared_prefix_logprobs(model, prefix, stems, leaves, past=past, checkpointing=way == "checkpointing")
-    slow = [[slow_logprobs(model, prefix + stem, leaf) for leaf in some] for stem, some in zip(stems, leaves)]
-    ours, slow = (torch.cat(sum(some, [])) for some in (tree, slow))
+    trees = [(prefix, stems, leaves)]
+    if way == "padded":
+        trees += [(random_ids(numbers, 1, 20), [[], [3, 4]], [[[5]], [[6, 7], [8]]]), ([2], [[]], [[[9, 1]]])]
+    ours = common.shared_prefix_logprobs(model, trees, past=past, checkpointing=way == "checkpointing")
+    slow = [[[slow_logprobs(model, prefix + stem, leaf) for leaf in some] for stem, some in zip(stems, leaves)]
+            for prefix, stems, leaves in trees]
+    ours, slow = (torch.cat(sum(sum(some, []), [])) for some in (ours, slow))
     torch.testing.assert_close(ours, slow, atol=1e-5, rtol=1e-5)
     names, weights = zip(*model.named_parameters())
     losses = ((some * torch.linspace(-1, 1, len(some))).sum() for some in (ours, slow))
@@ -34,7 +38,7 @@ def test_a_tree_of_tokens_reads_as_its_rows_one_at_a_time_and_so_do_its_gradient
 def test_likelihood_scores_equal_the_differences_of_plain_forwards(tiny):
     pair, actions = make_pair(setting="A garden."), [make_pair().action, "did you eat yet?", "I hate weeds and work"]
     traces = ["Ann feels tired.", "Sam wants to help with the weeds, which sounds like fun work."]
-    found, plain = common.likelihood_scores(tiny, pair, traces, actions[1:])
+    ((found, plain),) = common.likelihood_scores(tiny, [(pair, traces, actions[1:])])
     context, mask_of = common.format_context(pair), common.credit_mask
 
     @torch.no_grad()
@@ -52,6 +56,24 @@ def test_likelihood_scores_equal_the_differences_of_plain_forwards(tiny):
         assert scores == pytest.approx({"likelihood": gains[0].mean().item(), "masked_likelihood": own,
                                         "contrast": own - (one + other) / 2}, abs=1e-4)
     assert abs(found[1]["likelihood"] - found[1]["masked_likelihood"]) > 1e-3             # "sounds", "like", "work"
+
+
+def test_scores_of_pairs_padded_into_one_forward_are_those_of_each_alone(tiny, numbers, monkeypatch):
+    """As on a GPU: pairs of different lengths, numbers of traces and of other actions."""
+    items = [(make_pair(action="we " * numbers.randint(2, 9), setting="here " * numbers.randint(1, 30)),
+              ["Sam is tired."] * (k + 1), ["not me", "why though"][:k]) for k in range(3)]
+    alone = [common.likelihood_scores(tiny, [item])[0] for item in items]
+    for room in (4096, 400):                                   # all in one, some in one
+        monkeypatch.setattr(common, "PADDED_TOKENS", room)
+        reads, forward = [], common.shared_prefix_logprobs
+        with monkeypatch.context() as patch:
+            patch.setattr(common, "shared_prefix_logprobs",
+                          lambda *rest, **more: reads.append(1) or forward(*rest, **more))
+            padded = common.likelihood_scores(tiny, items)
+        assert len(reads) < len(items)
+        for (rows, plain), (ours, ours_plain) in zip(alone, padded):
+            assert ours_plain == pytest.approx(plain, abs=1e-4)
+            assert all(one == pytest.approx(other, abs=1e-4) for one, other in zip(rows, ours, strict=True))
 
 
 @pytest.mark.parametrize("trace, action, context, share", [

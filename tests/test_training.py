@@ -51,9 +51,11 @@ def adapter_of(folder) -> dict[str, torch.Tensor]:
 def test_each_arm_chooses_its_candidate_and_a_leak_only_if_all_leak():
     row = make_scores("c/1", [0.1, 0.9, 0.2, 0.4, -0.2, 0.0], [0.3, 0.5, 0, 0, 0, 0])
     rows = {"c/1": row, "c/2": make_scores("c/2", [0.1, 0.2, 0.5, 0.3], control="c/1")}
+    for k, some in enumerate(row.candidates):
+        some.scores["judge"] = float(k)
     chosen = {arm: sft.choose_trace(arm, row, rows, SCORE) for arm in sft.ARMS}
     assert {arm: choice.k for arm, choice in chosen.items()} == {
-        "none": None, "backward": 0, "guarded": 2, "recon": 3, "shuffled": 2, "longest": 5, "worst": 4}
+        "none": None, "backward": 0, "guarded": 2, "recon": 3, "judged": 5, "shuffled": 2, "longest": 5, "worst": 4}
     assert (chosen["none"].trace, chosen["recon"].trace) == (None, "Sam is c/1 3.") and chosen["backward"].is_leak
     assert (chosen["shuffled"].trace, chosen["shuffled"].score) == ("Sam is c/2 2.", 0.5)      # recon's, of the control
     leaks = make_scores("c/1", [0.1, 0.9, 0.4], [0.5, 0.6, 0.2])
@@ -138,7 +140,8 @@ def test_examples_in_one_row_have_the_loss_and_the_gradients_of_each_alone(tiny,
     for weight in weights:
         torch.nn.init.normal_(weight, std=0.1)
     packed, alone = (torch.autograd.grad(sum(sft.completion_loss(model, row, 3) for row in rows), weights)
-                     for rows in (sft.fill_rows(examples, 40), [[example] for example in examples]))
+                     for rows in (common.fill_rows(examples, lambda example: sum(map(len, example)), 40),
+                                  [[example] for example in examples]))
     for one, other in zip(packed, alone):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
@@ -162,7 +165,8 @@ def test_gradients_in_float16_are_finite_and_those_of_float32_but_for_rounding(t
 
 def test_rows_are_filled_in_order_up_to_their_room_and_a_longer_example_stands_alone(numbers):
     examples = [([0] * numbers.randint(1, 30), [0]) for _ in range(40)]
-    rows, size = sft.fill_rows(examples, 25), lambda row: sum(len(prompt) + 1 for prompt, _ in row)
+    rows = common.fill_rows(examples, lambda example: sum(map(len, example)), 25)
+    size = lambda row: sum(len(prompt) + 1 for prompt, _ in row)
     assert sum(rows, []) == examples and all(size(row) <= 25 or len(row) == 1 for row in rows)
     assert all(size([*row, after[0]]) > 25 for row, after in zip(rows, rows[1:]))
 
@@ -193,7 +197,7 @@ def test_gradients_through_a_4_bit_base_equal_those_through_its_dequantised_weig
     gradients = []
     for local in (quantised, plain):
         model, weights = adapted(local)
-        torch.cat(common.shared_prefix_logprobs(model, prompt, [[]], [completions])[0]).sum().backward()
+        torch.cat(common.shared_prefix_logprobs(model, [(prompt, [[]], [completions])])[0][0]).sum().backward()
         gradients.append([weight.grad for weight in weights])
     assert len(layers) == 14 and len(gradients[0]) == 28
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
@@ -240,18 +244,19 @@ def test_the_reward_and_the_faults_are_those_of_its_name(objective, reward, expe
 def test_rewards_are_measured_by_the_frozen_base_whatever_the_adapter_has_learnt(tiny, tiny_folder, encoder):
     pair, others = make_pair(), ["nobody knows what a ticket to rome costs"]
     traces = ["Sam feels tired of the weeds.", "it is a lot of work to me"]
-    plain, _ = common.likelihood_scores(common.load_model(str(tiny_folder), False, "float32"), pair, traces, others)
+    local = common.load_model(str(tiny_folder), False, "float32")
+    ((plain, _),) = common.likelihood_scores(local, [(pair, traces, others)])
     tiny.model, _ = adapted(tiny)
     policy = rl.Policy(tiny, encoder, Namespace(objective="recon", reward="contrast"))
     cut = Completion(f"{traces[0]} Sam wants", False, 9, [])                 # to whole sentences
-    rows = policy.measure(pair, [cut, Completion(traces[1], True, 7, [])], others)
+    (rows,) = policy.measure([(pair, [cut, Completion(traces[1], True, 7, [])], others)])
     for row, expected in zip(rows, plain):
         assert {key: getattr(row, key) for key in expected} == pytest.approx(expected, abs=1e-5)
     assert [(row.is_leak, row.malformed, row.unfinished, row.tokens) for row in rows] == [
         (False, False, True, 9), (True, True, False, 7)]
     policy.args = Namespace(objective="e2e", reward="cosine")
     told = [f"{traces[0]}\n</think>\nSam: {pair.action}", f"{traces[1]}\n</think>\nno", traces[1]]
-    rows = policy.measure(pair, [Completion(text, True, 5, []) for text in told], others)
+    (rows,) = policy.measure([(pair, [Completion(text, True, 5, []) for text in told], others)])
     assert [row.likelihood for row in rows] == pytest.approx([plain[k]["likelihood"] for k in (0, 1, 1)], abs=1e-5)
     assert [row.malformed for row in rows] == [False, False, True] and not any(row.is_leak for row in rows)
     assert rows[0].cosine == pytest.approx(1) and rows[1].cosine < 0.7 and rows[2].cosine == -1
@@ -288,19 +293,23 @@ def grpo_arguments(**more):
 
 @pytest.mark.parametrize("min_p", [0.0, 0.1, 0.3])
 def test_log_probs_of_the_policy_equal_a_slow_version_of_min_p_with_gradients(tiny, numbers, min_p):
+    """Groups of different lengths in one padded forward."""
     model, weights = adapted(tiny)
-    prompt, completions = random_ids(numbers, 3, 9), [random_ids(numbers, 1, 6) for _ in range(3)]
+    groups = [rl.Group(random_ids(numbers, 3, 9), [random_ids(numbers, 1, 6) for _ in range(3)], []) for _ in range(2)]
     args, found = grpo_arguments(min_p=min_p), []
-    slow = [torch.cat(parts) for parts in zip(*(slow_logprobs(model, prompt, ids, args) for ids in completions))]
-    for logprobs, entropy in (slow, rl.policy_logprobs(model, prompt, completions, args)):
+    slow = [torch.cat(parts) for parts in zip(*(slow_logprobs(model, group.prompt, ids, args)
+                                                for group in groups for ids in group.completions))]
+    for logprobs, entropy in (slow, rl.policy_logprobs(model, groups, args)):
         weighted = logprobs * torch.linspace(-1, 1, len(logprobs))
         found.append([logprobs, entropy, *torch.autograd.grad(weighted.sum(), weights)])
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("padded", [0, 4096])
 @pytest.mark.parametrize("more", [{}, {"checkpointing": True}, {"num_iterations": 2}])
-def test_an_update_equals_weighted_log_probs_one_row_at_a_time(tiny_folder, numbers, more):
+def test_an_update_equals_weighted_log_probs_one_row_at_a_time(tiny_folder, numbers, monkeypatch, more, padded):
     """With a group that compares nothing, whose tokens count in the mean; the second iteration is clipped."""
+    monkeypatch.setattr(common, "PADDED_TOKENS", padded)
     args, shared, moved = grpo_arguments(**more), random_ids(numbers, 2, 9), []
     groups = [rl.Group(shared + random_ids(numbers, 1, 9), [random_ids(numbers, 1, 5) for _ in advantages], advantages)
               for advantages in ([0.5, -0.3, -0.2], [0.0, 0.0], [numbers.uniform(0.1, 0.6)])]
