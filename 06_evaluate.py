@@ -61,13 +61,14 @@ class Answer(Row):
     finished: bool                                         # the trace ended by itself
     action: str
     tokens: int                                            # that were sampled for both
+    action_logprob: float                                  # of the true action behind this trace, nats in all
 
 
 class Prediction(Row):
     """predictions/ARM.jsonl"""
     id: str
     answers: list[Answer]                                  # sampled independently, --num-actions of them
-    action_logprob: float                                  # see true_action_logprob
+    action_tokens: int                                     # of the true action
 
 
 class Verdict(Row):
@@ -86,27 +87,38 @@ class Verdict(Row):
 
 
 @torch.inference_mode()
-def true_action_logprob(local: LocalModel, pair: Pair, traces: Sequence[str | None]) -> float:
-    """Log of the true action's mean probability behind K traces that the user model wrote, nats a token.
-
-    The mean of probabilities, not of their logs: an estimate of log p(action | context) with the trace summed out. It
-    lies below that, the further the fewer the traces (Jensen); for an arm without traces it is exact.
-    """
+def true_action_logprobs(local: LocalModel, pair: Pair, traces: Sequence[str | None]) -> list[float]:
+    """log p of the pair's true action behind each trace, nats in all."""
     prompt = common.encode_prompt(local.tokenizer, common.user_prompt(pair, thinking=traces[0] is not None))
-    action = common.encode_data(local.tokenizer, pair.action)
-    stems = [common.close_trace(local.tokenizer, trace) for trace in traces]
-    (found,) = common.shared_prefix_logprobs(local.model, [(prompt, stems, [[action]] * len(stems))])
-    sums = torch.stack([row.sum() for row, in found])      # [K]
-    return ((sums.logsumexp(0) - math.log(len(sums))) / len(action)).item()
+    action, unique, found = common.encode_data(local.tokenizer, pair.action), list(dict.fromkeys(traces)), []
+    for start in range(0, len(unique), 16):                # attention grows with the square of what is read at once
+        stems = [common.close_trace(local.tokenizer, trace) for trace in unique[start:start + 16]]
+        (rows,) = common.shared_prefix_logprobs(local.model, [(prompt, stems, [[action]] * len(stems))])
+        found += [row.sum().item() for row, in rows]
+    logprobs = dict(zip(unique, found))
+    return [logprobs[trace] for trace in traces]
+
+
+def marginal_logprob(row: Prediction, count: int) -> float:
+    """Estimate of log p(true action | context) with the trace summed out, nats a token: the log of the action's mean
+    probability behind `count` of the model's own traces, averaged over groups of so many.
+
+    It lies below the truth, the further the fewer the traces (Jensen); for an arm without traces it is exact.
+    """
+    found = [answer.action_logprob for answer in row.answers]
+    groups = torch.tensor([found[start:start + count] for start in range(0, len(found) - count + 1, count)]).double()
+    return ((groups.logsumexp(1) - math.log(count)).mean() / row.action_tokens).item()
 
 
 def read_answer(completion: Completion, thinking: bool) -> Answer:
     """A trace and the action behind it. One that did not end is cut to whole sentences, and has no action yet."""
-    if not thinking:
-        return Answer(trace=None, finished=True, action=common.clean_action(completion.text), tokens=completion.tokens)
     trace, closed, action = completion.text.partition(common.END_THINK.strip())
-    return Answer(trace=trace.strip() if closed else common.trace_of(completion), finished=bool(closed),
-                  action=common.clean_action(action), tokens=completion.tokens)
+    if not thinking:
+        trace, closed, action = None, True, completion.text
+    elif not closed:
+        trace = common.trace_of(completion)
+    return Answer(trace=trace and trace.strip(), finished=bool(closed), action=common.clean_action(action),
+                  tokens=completion.tokens, action_logprob=0.0)
 
 
 def act(local: LocalModel, pairs: Sequence[Pair], thinking: bool, args: argparse.Namespace) -> list[Prediction]:
@@ -130,8 +142,10 @@ def act(local: LocalModel, pairs: Sequence[Pair], thinking: bool, args: argparse
                                   **options)
         for (*_, answer), one in zip(late, actions):
             answer.action, answer.tokens = common.clean_action(one.text), answer.tokens + one.tokens
-    return [Prediction(id=pair.id, answers=group,
-                       action_logprob=true_action_logprob(local, pair, [answer.trace for answer in group]))
+    for pair, group in zip(pairs, answers):
+        for answer, logprob in zip(group, true_action_logprobs(local, pair, [answer.trace for answer in group])):
+            answer.action_logprob = logprob
+    return [Prediction(id=pair.id, answers=group, action_tokens=len(common.encode_data(tokenizer, pair.action)))
             for pair, group in zip(pairs, answers)]
 
 
@@ -425,10 +439,15 @@ def describe_arms(versus: str, comparisons: Sequence[Comparison], pairs: Sequenc
 
 def describe_likelihood(pairs: Sequence[Pair], mine: dict[str, Prediction],
                         other: dict[str, Prediction]) -> dict[str, Any]:
-    """The mean log p of the true action, its gain over that of `other`, and the share of traces that met the limit."""
-    gains = [mine[pair.id].action_logprob - other[pair.id].action_logprob for pair in pairs]
+    """The mean log p of the true action, also behind fewer of the traces, its gain over that of `other`, and the share
+    of traces that met the limit."""
+    most = len(mine[pairs[0].id].answers)
+    by_k = {k: sum(marginal_logprob(mine[pair.id], k) for pair in pairs) / len(pairs)
+            for k in (2**power for power in range(most.bit_length())) if k < most}
+    now = [marginal_logprob(mine[pair.id], most) for pair in pairs]
+    gains = [value - marginal_logprob(other[pair.id], most) for value, pair in zip(now, pairs)]
     ended = [answer.finished for pair in pairs for answer in mine[pair.id].answers]
-    return {"action_logprob": sum(mine[pair.id].action_logprob for pair in pairs) / len(pairs),
+    return {"action_logprob": sum(now) / len(now), "action_logprob_by_k": by_k,
             "action_logprob_gain": sum(gains) / len(gains),
             "action_logprob_gain_ci95": common.bootstrap_interval(gains, [pair.conversation for pair in pairs]),
             "unfinished": 1 - sum(ended) / len(ended)}

@@ -42,7 +42,7 @@ def results_of(run):
     return json.loads((run / "results.json").read_text())
 
 
-@pytest.mark.parametrize("traces", [["Sam thinks"], ["Sam thinks", "Sam feels a bit", ""], [None]])
+@pytest.mark.parametrize("traces", [["Sam thinks"], [f"Sam thinks {k % 18}" for k in range(20)], [None]])
 def test_the_true_action_is_as_likely_as_on_average_behind_the_models_own_traces(tiny, traces):
     """Against plain forwards: the log of the mean of the probabilities, not the mean of the logs."""
     pair, likely = make_pair(), []
@@ -53,8 +53,14 @@ def test_the_true_action_is_as_likely_as_on_average_behind_the_models_own_traces
         with torch.no_grad():
             logprobs = tiny.model(torch.tensor([start + action])).logits[0].double().log_softmax(-1)
         likely.append(sum(logprobs[len(start) + at - 1, token] for at, token in enumerate(action)).exp())
+    found = evaluate.true_action_logprobs(tiny, pair, traces)
+    answers = [evaluate.Answer(trace=trace, finished=True, action="", tokens=0, action_logprob=logprob)
+               for trace, logprob in zip(traces, found)]
+    row = evaluate.Prediction(id="c/1", action_tokens=len(action), answers=answers)
     expected = (sum(likely) / len(likely)).log().item() / len(action)
-    assert evaluate.true_action_logprob(tiny, pair, traces) == pytest.approx(expected, abs=1e-4)
+    assert evaluate.marginal_logprob(row, len(traces)) == pytest.approx(expected, abs=1e-4)
+    mean = sum(one.log().item() for one in likely) / len(likely) / len(action)
+    assert evaluate.marginal_logprob(row, 1) == pytest.approx(mean, abs=1e-4)
 
 
 @pytest.mark.parametrize("text, finished, trace, action", [

@@ -27,8 +27,9 @@ def run(tmp_path):
         for place, name in enumerate(names)])
     for arm in ("backward", "recon", "none"):
         write_rows(tmp_path / "predictions" / f"{arm}.jsonl", [
-            {"id": name, "action_logprob": -1.0, "answers": [
-                {"trace": None, "finished": True, "tokens": 9, "action": f"message {len(arm)}{place} {HOSTILE}"}]}
+            {"id": name, "action_tokens": 3, "answers": [
+                {"trace": None, "finished": True, "tokens": 9, "action_logprob": -3.0,
+                 "action": f"message {len(arm)}{place} {HOSTILE}"}]}
             for place, name in enumerate(names)])
     write_rows(tmp_path / "judgements.jsonl", [
         {"what": "actions", "pair": name, "k": 0, "a": arm, "b": "backward", "order": order,
