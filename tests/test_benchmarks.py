@@ -110,8 +110,9 @@ def test_gains_are_of_passing_traces_by_pair_and_what_paraphrase_explains_is_tak
     found = rl_curve.summarise(write(0.0), {0: write(0.3), 1: write(0.1)})
     passing = found["passing"]["contrast"]
     assert passing["before"] == pytest.approx(0.1) and passing["gain"] == pytest.approx(0.4)
-    assert passing["gain_by_seed"] == pytest.approx({0: 0.6, 1: 0.2}) and passing["ci95"] == pytest.approx([0.4, 0.4])
-    assert passing["gain_at_equal_paraphrase"] == pytest.approx(0.0) and found["all"]["is_leak"]["after"] == 1 / 3
+    assert [passing["by_seed"][seed]["gain"] for seed in (0, 1)] == pytest.approx([0.6, 0.2])
+    assert passing["ci95"] == pytest.approx([0.4, 0.4])
+    assert passing["at_equal_paraphrase"]["gain"] == pytest.approx(0.0) and found["all"]["is_leak"]["after"] == 1 / 3
 
 
 def test_every_method_is_trained_and_measured_once(stage, tiny_folder, tmp_path, monkeypatch, capsys):
