@@ -2,7 +2,7 @@
 
     python benchmarks/evaluation.py                         two hours on two cores, with the embedded model
     python benchmarks/evaluation.py --judge embedded        once that is done: the small language model as judge
-    python benchmarks/evaluation.py --run runs/small --limit 12 --steps 1 --arms none,backward,guarded,recon
+    python benchmarks/evaluation.py --run runs/small --limit 24 --steps 1 --arms none,backward,guarded,recon
                                                             ten minutes, to see it work
 
 Runs the stages as programs, so it goes on where it was stopped. Prints the table and one JSON object last: results.json
