@@ -208,7 +208,7 @@ SOURCES: dict[str, Callable[[str], Iterator[Conversation]]] = {"chitchat": read_
 class Domain:
     source: str
     people: Sequence[str] = ()                             # none: the two with most replies
-    setting: str | None = None                             # place and role; none: the prompts' own, a chat of friends
+    setting: str | None = None                             # place and role, which prompts then begin with
     clean: Sequence[str] = ()                              # rules of CLEANING
 
 DOMAINS = {
@@ -461,7 +461,7 @@ def parse_args(argv: list[str] | None):
     add("--domain", choices=tuple(DOMAINS), help="a preset, of which --source, --user and --setting override parts")
     add("--source", help="chitchat, convokit:FOLDER_ZIP_OR_NAME, markdown:FOLDER, turns:FILE or hub:NAME")
     add("--user", action="append", metavar="ID", help="model this person; may be repeated (unset: the two busiest)")
-    add("--setting", metavar="TEXT", help=f"a sentence on the place, one on {PERSON}'s role (unset: a chat of friends)")
+    add("--setting", metavar="TEXT", help=f"a sentence on the place, one on {PERSON}'s role (unset: none)")
     add("--sha256", metavar="HEX", help="refuse a source file whose checksum is another")
     add("--pseudonymise", action="store_true", help="replace the names of people by roles in all rows")
     add("--list-users", action="store_true", help="print who is in the source and how often each replies, and end")

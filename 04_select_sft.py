@@ -52,13 +52,13 @@ Example = tuple[list[int], list[int]]          # (prompt ids, completion ids)
 
 
 def choose_candidate(arm: str, row: Scores, score: str) -> int:
-    """Which candidate an arm takes; ties, to within TIE_TOLERANCE, go to the earlier one."""
+    """Which candidate an arm takes, of those that leak least; ties, to within TIE_TOLERANCE, go to the earlier one."""
     scored = [k for k, some in enumerate(row.candidates) if some.scores.get(score) is not None]
     severity = {k: common.leak_severity(row.candidates[k]) for k in scored}
-    honest = [k for k in scored if severity[k] <= min(severity.values()) + TIE_TOLERANCE]     # 0 if any passed
+    cleanest = [k for k in scored if severity[k] <= min(severity.values()) + TIE_TOLERANCE]   # 0 if any passed
     value = {"backward": lambda k: -k, "guarded": lambda k: -k, "longest": lambda k: row.candidates[k].tokens,
              "worst": lambda k: -row.candidates[k].scores[score]}.get(arm, lambda k: row.candidates[k].scores[score])
-    pool = range(len(row.candidates)) if arm == "backward" else honest
+    pool = range(len(row.candidates)) if arm == "backward" else cleanest
     best = max(map(value, pool))
     return next(k for k in pool if value(k) >= best - TIE_TOLERANCE)
 

@@ -55,24 +55,24 @@ REWARDS = {"recon": ("contrast", "likelihood"), "e2e": ("likelihood", "cosine")}
 
 @dataclass
 class Measured:
-    """What is measured of one completion. Scores are in nats a token, by the frozen base."""
+    """What is measured of one completion."""
 
-    likelihood: float = 0.0                                # see common.likelihood_scores
+    likelihood: float = 0.0                                # by the frozen base, nats a token: common.likelihood_scores
     masked_likelihood: float = 0.0
     contrast: float = 0.0
     cosine: float = 0.0                                    # e2e: of its action and the true one
-    leak: float = 0.0
+    leak: float = 0.0                                      # recon: common.detect_leaks
     paraphrase: float = 0.0
     is_leak: bool = False
-    malformed: bool = False
+    malformed: bool = False                                # recon: not common.is_well_formed; e2e: no closing tag
     unfinished: bool = False                               # met the token limit
     tokens: int = 0
 
 
 def reward_of(seen: Measured, args: argparse.Namespace) -> float:
-    """The reward of a completion by --reward.
+    """The reward of a completion by --reward. What a faulty one may gain by it: see is_faulty and group_advantages.
 
-      contrast     less a part of paraphrase, which explains some of it, and a cost for running to the token limit
+      contrast     minus a part of paraphrase, which explains some of contrast, minus a cost if it met the token limit
       likelihood   recon: naive, with a penalty on quoted 4-grams, kept for comparison; e2e: as it is
       cosine       of the action behind the trace and the true action
     """
@@ -233,7 +233,7 @@ class Policy:
             max_new_tokens=args.max_new_tokens, temperature=args.temperature, min_p=args.min_p,
             stop_text=end if args.objective == "e2e" and args.reward == "likelihood" else None)
 
-    def read(self, pair: Pair, completions: Sequence[Completion]) -> tuple[list[str], list[Measured]]:
+    def inspect(self, pair: Pair, completions: Sequence[Completion]) -> tuple[list[str], list[Measured]]:
         """(the traces in a pair's completions, all that is measured of them but the scores)."""
         cosines = [0.0] * len(completions)
         if self.args.objective == "recon":
@@ -254,12 +254,12 @@ class Policy:
     def measure(self, items: Sequence[tuple[Pair, Sequence[Completion], Sequence[str]]]) -> list[list[Measured]]:
         """What the rewards are made of, for each (pair, completions, actions of other conversations). Scores are by the
         frozen base: the adapter is off."""
-        read = [self.read(pair, completions) for pair, completions, _ in items]
+        seen = [self.inspect(pair, completions) for pair, completions, _ in items]
         with self.local.model.disable_adapter():
             scored = common.likelihood_scores(self.local, [
-                (pair, traces, others) for (pair, _, others), (traces, _) in zip(items, read)])
+                (pair, traces, others) for (pair, _, others), (traces, _) in zip(items, seen)])
         return [[dataclasses.replace(one, **scores) for one, scores in zip(found, rows)]
-                for (_, found), (rows, _) in zip(read, scored)]
+                for (_, found), (rows, _) in zip(seen, scored)]
 
 
 def credited_tokens(tokenizer: Any, completion: Completion, cut: bool) -> list[int]:

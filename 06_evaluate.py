@@ -19,9 +19,9 @@ The first is the paper's question; the second asks of the traces alone whether t
 
 The judge sees the context, the true action and two others. `encoder` (default): the closer in cosine wins, closer by
 less than --margin is a tie; it is symmetric, as is `chrf`, which compares spelling alone. A language model is asked in
-both orders, and where they disagree it is a tie. With --num-actions 4 the outcomes of a pair are averaged. A win rate
-counts a tie as half a win. Its 95 % interval is a bootstrap over conversations (common.bootstrap_interval), because
-pairs of one conversation are not independent; p is the two-sided sign-flip test that flips whole conversations.
+both orders, and where they disagree it is a tie. With --num-actions 4 each answer counts. A win rate counts a tie as
+half a win. Its 95 % interval is a bootstrap over conversations (common.bootstrap_interval), because pairs of one
+conversation are not independent; p is the two-sided sign-flip test that flips whole conversations.
 
 Departures from the paper: its judge is a language model that agrees with people in 77 % of comparisons (as reported in
 a summary of the paper); an encoder sees topic and wording, less of style and values. The controls are ours.
@@ -329,35 +329,35 @@ def sign_flip_p(points: Sequence[float], clusters: Sequence[str], seed: int) -> 
 
 
 def compare(verdicts: Sequence[Verdict], pairs: Sequence[Pair], texts: Written, seed: int) -> Comparison:
-    """The statistics of one comparison from its verdicts."""
+    """The statistics of one comparison from its verdicts: a point an answer, intervals by conversation."""
     a, b, by_id = verdicts[0].a, verdicts[0].b, {pair.id: pair for pair in pairs}
     winners: dict[tuple[str, int], list[str | None]] = {}
     for row in verdicts:
         winners.setdefault((row.pair, row.k), []).append(row.winner)
     settled = {answer: aggregate_orders(some) for answer, some in winners.items()}
-    judged = [answer for answer, (verdict, _) in settled.items() if verdict]
-    found = Comparison(what=verdicts[0].what, a=a, b=b, n=len(judged), unparsed=1 - len(judged) / len(settled))
-    if not judged:
+    answered = [answer for answer, (verdict, _) in settled.items() if verdict]
+    found = Comparison(what=verdicts[0].what, a=a, b=b, n=len(answered), unparsed=1 - len(answered) / len(settled))
+    if not answered:
         return found
-    points = [{"a": 1.0, "tie": 0.5, "b": 0.0}[settled[answer][0]] for answer in judged]
-    mine = [by_id[name] for name, _ in judged]
+    points = [{"a": 1.0, "tie": 0.5, "b": 0.0}[settled[answer][0]] for answer in answered]
+    mine = [by_id[name] for name, _ in answered]
     conversations = [pair.conversation for pair in mine]
-    both = [[texts[arm][name][k][1] for arm in (a, b)] for name, k in judged]
-    words = [[len(common.words_of(text)) for text in pair] for pair in both]
+    both = [[texts[arm][name][k][1] for arm in (a, b)] for name, k in answered]
+    words = [[len(common.words_of(text)) for text in two] for two in both]
     differ = [x != y for x, y in both]
-    flips = [settled[answer][1] for answer, other in zip(judged, differ) if other]
+    flips = [settled[answer][1] for answer, other in zip(answered, differ) if other]
 
     def rate(keep: Sequence[bool], values: Sequence[float] = points) -> Rate:
         some = [(value, cluster) for value, cluster, kept in zip(values, conversations, keep) if kept]
         return Rate(n=len(some), win_rate=sum(value for value, _ in some) / len(some) if some else None,
                     ci95=common.bootstrap_interval(*zip(*some), seed) if some else None)
 
-    everyone = rate([True] * len(judged))
+    everyone = rate([True] * len(answered))
     return found.model_copy(update=everyone.model_dump() | {
         "wins": points.count(1.0), "ties": points.count(0.5), "losses": points.count(0.0),
         "p": sign_flip_p(points, conversations, seed), "identical": differ.count(False),
         "flip_rate": sum(flips) / len(flips) if flips and flips[0] is not None else None,
-        "matched": rate([other and max(pair) <= 1.25 * min(pair) + 1 for other, pair in zip(differ, words)]),
+        "matched": rate([other and max(two) <= 1.25 * min(two) + 1 for other, two in zip(differ, words)]),
         "longer_wins": rate([x != y for x, y in words],
                             [value if x > y else 1 - value for value, (x, y) in zip(points, words)]),
         "by_person": {user: rate([pair.user == user for pair in mine])

@@ -647,7 +647,7 @@ def cosines(encoder: tuple[Any, Any], truths: Sequence[str], texts: Sequence[str
 # model is told an id as well, to tell apart the people who share it.
 PERSON = "Sam"
 OTHERS = ("Alex", "Robin", "Kim", "Jo", "Lee", "Max", "Pat")
-SETTING = "A chat between friends."                                # of a pair that names none
+SETTING = "A chat between friends."                                # in transcripts, of a pair that names none
 SCENE = "Setting: {}\n\n{}"                                        # a pair's setting, if it names one, and the context
 THINK, END_THINK = "<think>\n", "\n</think>\n"
 
@@ -805,7 +805,8 @@ def reconstruction_prompt(pair: Pair, trace: str | None) -> Prompt:
     return with_trace("reconstruction", trace, context=format_scene(pair))
 
 def user_prompt(pair: Pair, thinking: bool) -> Prompt:
-    """What the user model is told. With `thinking` it ends in an opened think block, for the trace to follow."""
+    """What the user model is told. With `thinking`, in all arms but none, it ends in an opened think block, for the
+    trace to follow. A long id of a person is hashed: it would cost tokens in every prompt."""
     user = pair.user if len(pair.user) <= 24 else hash_of(pair.user)[:8]
     return Prompt("user_model", {"user": user, "context": format_scene(pair)}, thinking)
 
@@ -1100,7 +1101,7 @@ def shared_prefix_logits(model: Any, trees: Sequence[Tree], past: Sequence[torch
                                                 for some in past[2 * layer:2 * layer + 2]), layer)
     if past or any(len(stems) > 1 or len(leaves[0]) > 1 for _, stems, leaves in trees):
         same = lambda of: (of == -1)[:, None] | (of[:, :, None] == of[:, None])
-        visible = (same(stem_of) & same(leaf_of)).tril()[:, None, read:]                # padding is behind all that reads
+        visible = (same(stem_of) & same(leaf_of)).tril()[:, None, read:]                # padding is behind what reads
         mask = torch.zeros(visible.shape, dtype=model.dtype, device=device)
         options["attention_mask"] = mask.masked_fill_(~visible, torch.finfo(model.dtype).min)
     # Logits only where they are read: logits_to_keep would take the same places of every tree.
