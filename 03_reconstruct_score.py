@@ -364,7 +364,8 @@ def main(argv: list[str] | None = None) -> None:
     apis = [some for some in {id(some): some for some in (model, judge)}.values() if isinstance(some, common.ApiModel)]
     work = prepare_work(encoder, pairs, found, args.negatives, args.seed)
     room = lambda item: (len(item.row.candidates) + 2) * (args.max_action_tokens + max(
-        model.length(common.reconstruction_prompt(item.pair, some.trace)) for some in item.row.candidates))
+        model.length(common.reconstruction_prompt(item.pair, some.trace))
+        for some in (*item.row.candidates, item.control[1])))
     batches = common.batch_by_length(work, room, args.batch_tokens)
     todo, tokens = [batch for batch in batches if not output.has(batch)], 0
     score = lambda batch: score_pairs(batch, model, encoder, judge, args.scorers.split(","), args.max_action_tokens)

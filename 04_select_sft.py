@@ -53,7 +53,8 @@ Example = tuple[list[int], list[int]]          # (prompt ids, completion ids)
 
 def choose_candidate(arm: str, row: Scores, score: str) -> int:
     """Which candidate an arm takes, of those that leak least; ties, to within TIE_TOLERANCE, go to the earlier one."""
-    scored = [k for k, some in enumerate(row.candidates) if some.scores.get(score) is not None]
+    scored = [k for k, some in enumerate(row.candidates)
+              if some.scores.get(score) is not None or arm in ("guarded", "longest")]
     severity = {k: common.leak_severity(row.candidates[k]) for k in scored}
     cleanest = [k for k in scored if severity[k] <= min(severity.values()) + TIE_TOLERANCE]   # 0 if any passed
     value = {"backward": lambda k: -k, "guarded": lambda k: -k, "longest": lambda k: row.candidates[k].tokens,
@@ -108,6 +109,19 @@ def user_example(tokenizer: Any, pair: Pair, trace: str | None) -> Example:
     return prompt, [*common.close_trace(tokenizer, trace), *action, tokenizer.eos_token_id]
 
 
+def fill_rows(examples: Sequence[Example], room: int) -> list[list[Example]]:
+    """Examples in rows of at most `room` tokens, a longer one alone: short ones are faster in a row than one by one."""
+    rows, used = [], 0
+    for example in examples:
+        tokens = sum(map(len, example))
+        if not rows or used + tokens > room:
+            rows.append([])
+            used = 0
+        rows[-1].append(example)
+        used += tokens
+    return rows
+
+
 def completion_loss(model: Any, examples: Sequence[Example], total_tokens: int,
                     checkpointing: bool = False) -> torch.Tensor:
     """Cross-entropy of the completions, all of them and no more, divided by `total_tokens` of the batch; nats a token.
@@ -135,8 +149,7 @@ def fit_user_model(base: Any, examples: Sequence[Example], args: argparse.Namesp
     warmup, losses = max(1, len(batches) // 10), []
     for step, batch in enumerate(common.progress(batches, f"fitting {name}")):
         total, loss = sum(len(examples[place][1]) for place in batch), 0.0
-        for row in common.fill_rows([examples[place] for place in common.shard(batch)],
-                                   lambda example: sum(map(len, example)), args.row_tokens):
+        for row in fill_rows([examples[place] for place in common.shard(batch)], args.row_tokens):
             part = completion_loss(model, row, total, args.checkpointing)
             part.backward()
             loss += part.item()
@@ -207,8 +220,13 @@ def main(argv: list[str] | None = None) -> None:
         common.fail(f"{source} holds no pair of the train split; run stages 1, 2 and 3 with more pairs")
     by_id = {pair.id: pair for pair in train}
     rows = [scored[pair.id] for pair in train]
-    for score in sorted({score_of(rule, args.score) for rule in rules.values()} | {args.score}):
-        rows = rows_with_score(rows, scored, score)
+    if args.tag:                                           # the pairs of the other arms; this one needs no score
+        ids = {row.id for row in common.read_rows(traces_of(fitted), Choice)}
+        rows = [row for row in rows if row.id in ids]
+    else:                                                  # of all arms, or those fitted later would train on others
+        rated = any(has_score(row, "judge") for row in rows) or "judged" in rules
+        for score in [args.score, *(["judge"] if rated else [])]:
+            rows = rows_with_score(rows, scored, score)
     local, tokens, made = None, 0, 0
     if args.show_prompt:
         trace = choose_trace(list(rules.values())[-1], rows[0], scored, args.score).trace

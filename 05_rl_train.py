@@ -23,7 +23,8 @@ How it differs from textbook GRPO (arXiv 2402.03300):
 - The advantage is reward minus the mean of the group's honest traces, not divided by the standard deviation (arXiv
   2503.20783). The loss is normalised over all completion tokens of the step. One update a rollout, so there is no ratio
   to clip (--num-iterations brings it back), and no KL term: TRL's default weight is 0 as well.
-Policy and reward share one base: with the adapter off it is the reconstructor. Groups go backward one at a time.
+Policy and reward share one base: with the adapter off it is the reconstructor. Groups go backward one at a time (on a
+GPU short ones together).
 
 Departures from the paper: its settings and the guards of its reward are not public; all of the above are ours.
 """
@@ -160,13 +161,12 @@ def update(model: Any, optimizer: torch.optim.Optimizer, groups: Sequence[Group]
     take the same step.
     """
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    useful = sorted((group for group in groups if any(group.advantages)),
-                    key=lambda group: common.tree_tokens(group.tree), reverse=True)
+    useful = [group for group in groups if any(group.advantages)]
     total = sum(len(ids) for group in groups for ids in group.completions)
     seen = {"idle_groups": 1 - len(useful) / len(groups), "loss": 0.0, "entropy": 0.0, "clipped": 0.0, "grad_norm": 0.0}
     if not useful:
         return seen
-    prompts, mine = [group.prompt for group in useful], common.fill_rows(
+    prompts, mine = [group.prompt for group in useful], common.batch_by_length(
         common.shard(useful), lambda group: common.tree_tokens(group.tree), common.PADDED_TOKENS)
     shared = 0 if args.checkpointing else min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
     olds: list[torch.Tensor] = []
@@ -174,11 +174,11 @@ def update(model: Any, optimizer: torch.optim.Optimizer, groups: Sequence[Group]
         past = common.read_prefix(model, prompts[0][:shared])
         leaves = [tensor.detach().requires_grad_() for tensor in past]
         sums = torch.zeros(3)
-        for place, row in enumerate(mine):
-            logprobs, entropy = policy_logprobs(model, row, args, leaves)
+        for place, batch in enumerate(mine):
+            logprobs, entropy = policy_logprobs(model, batch, args, leaves)
             if len(olds) == place:                         # the first iteration: the policy is the one that sampled
                 olds.append(logprobs.detach())
-            advantages = torch.tensor([value for group in row for value, ids in zip(group.advantages, group.completions)
+            advantages = torch.tensor([value for group in batch for value, ids in zip(group.advantages, group.completions)
                                        for _ in ids], device=logprobs.device)           # [tokens]
             loss = policy_loss(logprobs, olds[place], advantages, args.clip).sum() / total
             loss.backward()
@@ -285,6 +285,7 @@ def validate(policy: Policy, pairs: Sequence[Pair], pool: Sequence[Pair], count:
     because it hands the action over. is_leak, malformed, unfinished and tokens are over all.
     """
     args = policy.args
+    pairs = sorted(pairs, key=lambda pair: policy.local.length(policy.prompt(pair)), reverse=True)
     batches = [pairs[start:start + args.num_prompts] for start in range(0, len(pairs), args.num_prompts)]
     others = {pair.id: common.choose_negatives(pair, pool, args.negatives, "", args.seed) for pair in pairs}
     work = lambda batch: policy.measure([(pair, found, others[pair.id]) for pair, found in zip(
@@ -354,7 +355,7 @@ def train(policy: Policy, base: Any, pairs: Sequence[Pair], held_out: Sequence[P
         clock.append(time.monotonic())
         measured = common.in_portions(policy.measure, [
             (pair, group, common.choose_negatives(pair, pairs, args.negatives, "", step))
-            for (_, pair), group in zip(mine, completions)]) if mine else []
+            for (_, pair), group in zip(mine, completions)])
         everyone = sorted(common.gather([(place, *rest) for (place, _), *rest in zip(mine, completions, measured)]),
                           key=lambda entry: entry[0])
         clock.append(time.monotonic())

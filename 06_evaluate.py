@@ -90,13 +90,10 @@ class Verdict(Row):
 def true_action_logprobs(local: LocalModel, pair: Pair, traces: Sequence[str | None]) -> list[float]:
     """log p of the pair's true action behind each trace, nats in all."""
     prompt = common.encode_prompt(local.tokenizer, common.user_prompt(pair, thinking=traces[0] is not None))
-    action, unique, found = common.encode_data(local.tokenizer, pair.action), list(dict.fromkeys(traces)), []
-    for start in range(0, len(unique), 16):                # attention grows with the square of what is read at once
-        stems = [common.close_trace(local.tokenizer, trace) for trace in unique[start:start + 16]]
-        (rows,) = common.shared_prefix_logprobs(local.model, [(prompt, stems, [[action]] * len(stems))])
-        found += [row.sum().item() for row, in rows]
-    logprobs = dict(zip(unique, found))
-    return [logprobs[trace] for trace in traces]
+    action = common.encode_data(local.tokenizer, pair.action)
+    stems = [common.close_trace(local.tokenizer, trace) for trace in traces]
+    (found,) = common.shared_prefix_logprobs(local.model, [(prompt, stems, [[action]] * len(stems))])
+    return [row.sum().item() for row, in found]
 
 
 def marginal_logprob(row: Prediction, count: int) -> float:
@@ -113,12 +110,11 @@ def marginal_logprob(row: Prediction, count: int) -> float:
 def read_answer(completion: Completion, thinking: bool) -> Answer:
     """A trace and the action behind it. One that did not end is cut to whole sentences, and has no action yet."""
     trace, closed, action = completion.text.partition(common.END_THINK.strip())
+    trace = trace.strip() if closed else common.trace_of(completion)
     if not thinking:
-        trace, closed, action = None, True, completion.text
-    elif not closed:
-        trace = common.trace_of(completion)
-    return Answer(trace=trace and trace.strip(), finished=bool(closed), action=common.clean_action(action),
-                  tokens=completion.tokens, action_logprob=0.0)
+        trace, closed, action = None, "by itself", completion.text
+    return Answer(trace=trace, finished=bool(closed), action=common.clean_action(action), tokens=completion.tokens,
+                  action_logprob=0.0)                      # of the pair, which act knows
 
 
 def act(local: LocalModel, pairs: Sequence[Pair], thinking: bool, args: argparse.Namespace) -> list[Prediction]:
@@ -161,8 +157,9 @@ def act_all(args: argparse.Namespace, pairs: Sequence[Pair], arms: Sequence[str]
         there += len(output.rows)
         if not output.has(pairs):
             local, thinking = load(), arm != "none"
-            tokens_of = lambda pair: args.num_actions * (local.length(common.user_prompt(pair, thinking))
-                                                         + args.max_trace_tokens + args.max_action_tokens)
+            tokens_of = lambda pair: args.num_actions * (
+                local.length(common.user_prompt(pair, thinking)) + args.max_trace_tokens * thinking
+                + args.max_action_tokens)
             batches = common.batch_by_length(pairs, tokens_of, args.batch_tokens)
             todo = [batch for batch in batches if not output.has(batch)]
             user = LocalModel(common.add_adapter(local.model, 0, 0, folder, trainable=False), local.tokenizer)
@@ -402,8 +399,10 @@ def find_warnings(comparisons: Sequence[Comparison], arms: dict[str, Any], args:
         found.append(f"The judge and the leak detector share an encoder{chosen}: it sees topic and wording alone.")
     elif args.judge == args.model:
         found.append(f"The judge {args.judge} is the user models' own base, and such judges favour their own.")
-    if "judged" in arms and args.judge == common.read_config(args.run / "scores.jsonl")["arguments"]["judge"]:
-        found.append("The judge that compares here also chose the traces of judged.")
+    if "judged" in arms:
+        made = common.read_config(args.run / "scores.jsonl")["arguments"]
+        if args.judge == (made["judge"] or made["model"]):
+            found.append("The judge that compares here also chose the traces of judged.")
     for row in comparisons:
         if row.flip_rate and row.flip_rate > 0.3:
             found.append(f"{row.what}: the judge contradicts itself in {row.flip_rate:.0%} of pairs when the order of "
@@ -439,11 +438,11 @@ def describe_arms(versus: str, comparisons: Sequence[Comparison], pairs: Sequenc
 
 def describe_likelihood(pairs: Sequence[Pair], mine: dict[str, Prediction],
                         other: dict[str, Prediction]) -> dict[str, Any]:
-    """The mean log p of the true action, also behind fewer of the traces, its gain over that of `other`, and the share
-    of traces that met the limit."""
+    """The mean log p of the true action behind all K traces and behind fewer, its gain over that of `other`, and the
+    share of traces that met the limit."""
     most = len(mine[pairs[0].id].answers)
     by_k = {k: sum(marginal_logprob(mine[pair.id], k) for pair in pairs) / len(pairs)
-            for k in (2**power for power in range(most.bit_length())) if k < most}
+            for k in sorted({most, *(2**power for power in range(most.bit_length()))})}
     now = [marginal_logprob(mine[pair.id], most) for pair in pairs]
     gains = [value - marginal_logprob(other[pair.id], most) for value, pair in zip(now, pairs)]
     ended = [answer.finished for pair in pairs for answer in mine[pair.id].answers]
@@ -491,7 +490,6 @@ def make_example(pair: Pair, place: int, texts: Written, near: dict[str, list[fl
 def write_page(path: Path, template: Path, data: dict[str, Any]) -> None:
     """A page with its data as JSON inside. '<' is escaped: no text can end the script; pages set text, never HTML."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
-    text = text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     common.write_file(path, template.read_text(encoding="utf-8").replace("DATA", text, 1))
 
 
@@ -582,7 +580,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     recon = args.run / "traces" / "recon.jsonl"
     score = common.read_config(recon)["arguments"]["score"] if recon.is_file() else "contrast"
-    rules = {arm: (None, arm) for arm in select_sft.ARMS} | {f"recon-{tag}": (tag, "guarded") for tag in tags}
+    rules = {arm: (None, arm) for arm in select_sft.ARMS if arm != "judged" or arm in arms}
+    rules |= {f"recon-{tag}": (tag, "guarded") for tag in tags}
     rebuilt = {arm: reconstructed(scores[tag], rule, select_sft.score_of(rule, score))
                for arm, (tag, rule) in rules.items()}
     written = {"actions": {arm: {name: [(answer.trace, answer.action) for answer in row.answers]

@@ -221,7 +221,7 @@ def stage_arguments(doc: str, default_limit: int | None = None) -> argparse.Argu
     return parser
 
 def batch_argument(add: Callable[..., Any]) -> None:
-    add("--batch-tokens", **COUNT, default=131072, help="tokens at once, at most: prompts and completions of a batch")
+    add("--batch-tokens", **COUNT, default=65536, help="tokens at once, at most: prompts and completions of a batch")
 
 def api_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("openai:NAME, at OPENAI_BASE_URL with the key in OPENAI_API_KEY").add_argument
@@ -1092,7 +1092,7 @@ def shared_prefix_logits(model: Any, trees: Sequence[Tree], past: Sequence[torch
     width = max(len(tokens) for tokens, *_ in laid)
     ids, positions, stem_of, leaf_of = (torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
                                         for rows in zip(*laid))    # each [trees, width]
-    check_window(model, int(positions.max()) + 1)
+    check_window(model, max(max(places) for _, places, *_ in laid) + 1)
     options: dict[str, Any] = {"use_cache": bool(past)}
     if past:
         options["past_key_values"] = Cache(layer_class_to_replicate=DynamicLayer)
@@ -1121,22 +1121,13 @@ def shared_prefix_logprobs(model: Any, trees: Sequence[Tree], **options: Any) ->
             for (_, _, leaves), found in zip(trees, rows)]
 
 def tree_tokens(tree: Tree) -> int:
+    """How long its row is, before padding."""
     prefix, stems, leaves = tree
     return len(prefix) + sum(map(len, stems)) + sum(len(leaf) for branches in leaves for leaf in branches)
 
-# Tokens that are read in one padded forward. A small forward a pair leaves a GPU idle, but keeps a CPU busy.
-PADDED_TOKENS = 2048 if torch.cuda.is_available() else 0
-
-def fill_rows(items: Sequence, size: Callable[[Any], int], room: int) -> list[list]:
-    """Items, in order, in lists of at most `room` tokens in all; a longer item stands alone."""
-    rows, used = [], 0
-    for item in items:
-        if not rows or used + size(item) > room:
-            rows.append([])
-            used = 0
-        rows[-1].append(item)
-        used += size(item)
-    return rows
+# Tokens, padding included, of one forward in scoring and in GRPO's update. A small forward a pair leaves a GPU idle, but
+# keeps a CPU busy: there each pair is read alone.
+PADDED_TOKENS = 4096 if torch.cuda.is_available() else 0
 
 WORD = re.compile(r"\w+(?:['’]\w+)*")
 PARAPHRASE_LIMIT = 0.5     # a trace this near to the action in other words is a leak; chosen on tests/data/planted
@@ -1260,15 +1251,15 @@ def likelihood_scores(local: LocalModel, items: Sequence[tuple[Pair, Sequence[st
         # With the space that follows every name in the context: without it the first token would be an unlikely one.
         actions = [encode_data(tokenizer, f" {text}") for text in (pair.action, *others)]
         trees.append((prefix, stems, [actions] * len(stems)))
-    found = []
-    for row in fill_rows(trees, tree_tokens, PADDED_TOKENS):
+    found = {}
+    for batch in batch_by_length(range(len(trees)), lambda at: tree_tokens(trees[at]), PADDED_TOKENS):
         # The prefix of one alone is read before, or its part of the mask would be computed as well.
-        past = read_prefix(model, row[0][0][:-1]) if len(row) == 1 else ()
-        found += shared_prefix_logprobs(model, row, past=past)
+        past = read_prefix(model, trees[batch[0]][0][:-1]) if len(batch) == 1 else ()
+        found |= zip(batch, shared_prefix_logprobs(model, [trees[at] for at in batch], past=past))
 
     results = []
-    for (pair, traces, others), (plain, *logprobs) in zip(items, found):
-        context, rows = format_context(pair), []
+    for at, (pair, traces, others) in enumerate(items):
+        (plain, *logprobs), context, rows = found[at], format_context(pair), []
         for trace, behind in zip(traces, logprobs):
             gains = [after - before for after, before in zip(behind, plain)]            # [action] of [tokens]
             masks = [torch.tensor(credit_mask(tokenizer, trace, f" {action}", context))
@@ -1342,7 +1333,7 @@ class ApiModel:
         return "\n".join(f"{message['role']}: {message['content']}" for message in self.messages(prompt))
 
     def length(self, prompt: Prompt) -> int:
-        return sum(map(len, prompt.fields.values()))
+        return sum(map(len, prompt.fields.values())) // 4           # characters a token, about
 
     def ask(self, messages: list[dict[str, str]], max_tokens: int, temperature: float = 0.0,
             seed: int = 0) -> CachedAnswer | None:

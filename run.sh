@@ -30,7 +30,7 @@ case "${1:-}" in
     --dtype) run="--run runs/demo-float32 --dtype float32" ;;
     --gpu)
         size=${2:-8b} judge=microsoft/Phi-4-mini-instruct        # of another family than the models it judges
-        [ "$size" = 8b ] && context=2048 trace=256 tokens=36864 || context=1024 trace=192 tokens=9728
+        [ "$size" = 8b ] && context=2048 trace=256 tokens=49152 || context=1024 trace=192 tokens=16384
         run="--run runs/gpu$([ "$size" = 8b ] || echo "-$size") --model Qwen/Qwen3-${size^^}"
         prepare="--limit 600 --val-share 0.1 --test-share 0.4 --max-context-turns 40 --max-context-tokens $context --max-action-tokens 64"
         e2e="" sample="--max-trace-tokens $trace --batch-tokens $tokens"

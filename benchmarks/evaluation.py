@@ -30,14 +30,14 @@ KEPT = ("arms", "reconstructions", "comparisons", "judge", "versus", "chosen_by"
 
 def stages(limit: int = 44, val_share: float = 0.05, test_share: float = 0.72,
            arms: str = "none,backward,guarded,recon", steps: int = 6, num_prompts: int = 2, num_generations: int = 4,
-           acting: tuple[str, ...] = (), sampling: tuple[str, ...] = ()) -> list[list[str]]:
+           acting: tuple[str, ...] = (), sampling: tuple[str, ...] = (), e2e: tuple[str, ...] = ()) -> list[list[str]]:
     """The commands of the whole loop, in order; the defaults are those of the stages."""
     grpo = ["--steps", str(steps), "--num-prompts", str(num_prompts), "--num-generations", str(num_generations)]
     return [["01_prepare.py", "--limit", str(limit), "--val-share", str(val_share), "--test-share", str(test_share)],
             ["02_sample_candidates.py", *sampling], ["03_reconstruct_score.py"], ["04_select_sft.py", "--arms", arms],
             ["05_rl_train.py", *grpo], ["02_sample_candidates.py", "--tag", "grpo"],
             ["03_reconstruct_score.py", "--tag", "grpo"], ["04_select_sft.py", "--tag", "grpo"],
-            ["05_rl_train.py", "--objective", "e2e", *grpo], ["06_evaluate.py", *acting]]
+            ["05_rl_train.py", "--objective", "e2e", *grpo, *e2e], ["06_evaluate.py", *acting]]
 
 
 def run_program(name: str, *arguments: str) -> None:

@@ -37,9 +37,9 @@ import common
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["peft", "scipy.stats", "filelock", "pydantic", "safetensors.torch", "pytest",
                               *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "bert"))])
-STAGES = {
-    "02": ["02_sample_candidates.py", "--num-samples", "2", "--max-trace-tokens", "24", "--batch-tokens", "1"],
-    "03": ["03_reconstruct_score.py", "--max-action-tokens", "12", "--batch-tokens", "1", "--scorers",
+STAGES = {                                                 # with three pairs a batch
+    "02": ["02_sample_candidates.py", "--num-samples", "2", "--max-trace-tokens", "24", "--batch-tokens", "9800"],
+    "03": ["03_reconstruct_score.py", "--max-action-tokens", "12", "--batch-tokens", "3300", "--scorers",
            "likelihood,embedding,judge"],
     "04": ["04_select_sft.py", "--epochs", "2", "--rank", "4"],
     "05": ["05_rl_train.py", "--steps", "6", "--save-every", "2", "--val-every", "6", "--rank", "4", "--num-prompts",
@@ -49,7 +49,7 @@ STAGES = {
     "04 grpo": ["04_select_sft.py", "--tag", "grpo"],
     "05 e2e": ["05_rl_train.py", "--objective", "e2e", "--steps", "4", "--save-every", "2", "--rank", "4",
                "--max-new-tokens", "12"],
-    "06": ["06_evaluate.py", "--max-trace-tokens", "12", "--max-action-tokens", "12", "--batch-tokens", "1",
+    "06": ["06_evaluate.py", "--max-trace-tokens", "12", "--max-action-tokens", "12", "--batch-tokens", "600",
            "--num-actions", "1", "--judge", "MODEL"],
 }
 

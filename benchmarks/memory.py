@@ -229,13 +229,22 @@ def judged(args: argparse.Namespace) -> dict[str, tuple[int, int, int]]:
             "06 judging": (words_of("comparison") - behind + shared, COMPARED, behind + 2 * args.action)}
 
 
+def batches(args: argparse.Namespace) -> dict[str, tuple[int, int, int, int]]:
+    """{stage: (rows of a pair, tokens that each writes, pairs at once, tokens of a prompt)} by --batch-tokens."""
+    prompts = {"02": (args.n, args.trace, words_of("synthesis") + args.context + args.action),
+               "03": (args.n + 2, args.action, words_of("reconstruction") + args.context + args.trace),
+               "06": (ANSWERS, args.trace + args.action, words_of("user_model") + args.context)}
+    return {stage: (rows, new, max(1, args.batch_tokens // (rows * (prompt + new))), prompt)
+            for stage, (rows, new, prompt) in prompts.items()}
+
+
 def compute(args: argparse.Namespace) -> dict[str, float]:
     """{stage: peak in GiB}, from shapes."""
     hidden, middle, layers, heads, _, vocabulary = SHAPES[args.shape]
     weights, judge, past = weight_bytes(args.shape), weight_bytes(args.judge), past_bytes(args.shape)
     prompt = args.context + words_of("synthesis") + args.action
 
-    def drawn(each: int, new: int, groups: int = args.pairs) -> float:
+    def drawn(each: int, new: int, groups: int, prompt: int = prompt) -> float:
         """Prompts are read a layer's widest tensors at a time; then come the rows' cache and logits in five forms."""
         reading, rows = groups * prompt * (past + 3 * middle * 2), each * groups
         cache = cache_peak(layers, past, prompt - 1, 0, groups, 1, spread(rows, new), new)
@@ -255,20 +264,20 @@ def compute(args: argparse.Namespace) -> dict[str, float]:
     layer = kept_by_a_layer(args.shape)
     # With checkpointing: what enters each layer, one layer's own, and logits in `size` bytes a token of the vocabulary.
     backward = lambda tokens, predicted, size: tokens * (layers * hidden * 2 + layer) + predicted * vocabulary * size
-    written, group = args.trace + args.action, args.group * args.trace
+    written, group, sampled = args.trace + args.action, args.group * args.trace, batches(args)
     verdicts = {stage: packed(shared, questions, length, 1, 1, False, args.judge)
                 for stage, (shared, questions, length) in judged(args).items()}
     parts = {
-        "02 sampling": drawn(args.n, args.trace), "03 reconstructing": judge + drawn(args.n + 2, args.action),
+        "02 sampling": drawn(*sampled["02"]), "03 reconstructing": judge + drawn(*sampled["03"]),
         "03 likelihood": judge + packed(args.context, args.n + 2, args.trace, 1 + NEGATIVES, args.action),
         "03 judging": judge + verdicts["03 judging"],
         "04 fitting": 4 * adapter + backward(args.context + written, written, 2 + 4 + 4 + 2),
         "05 validation": 4 * adapter + drawn(VALIDATED[1], args.trace, VALIDATED[0]),
-        "05 rollout": 4 * adapter + drawn(args.group, args.trace),
+        "05 rollout": 4 * adapter + drawn(args.group, args.trace, args.prompts),
         "05 rewards": 4 * adapter + packed(args.context, args.group + 1, args.trace, NEGATIVES, args.action),
         # logits in bfloat16, in float32, picked, over the temperature, masked by min-p; entropy; two gradients
         "05 update": 4 * adapter + backward(prompt + group, group, 2 + 4 + 4 + 4 + 4 + 4 + 4 + 4),
-        "06 acting": adapter + drawn(ANSWERS, args.trace + args.action),
+        "06 acting": adapter + drawn(*sampled["06"]),
         "06 true action": adapter + packed(args.context, ANSWERS, args.trace, 1, args.action, False)}
     sizes = {"weights": 0.0, **parts, "06 judging": judge - weights + verdicts["06 judging"]}
     return {stage: (weights + size) / GIB for stage, size in sizes.items()}
@@ -313,7 +322,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
     prompt = args.context + words_of("synthesis") + args.action
 
-    def draw(rows: int, new: int, groups: int = args.pairs) -> None:
+    def draw(rows: int, new: int, groups: int, prompt: int = prompt) -> None:
         """So many tokens end a text that a row writes two thirds of the limit on average."""
         model.generation_config.eos_token_id = list(range(0, SHAPES[args.shape][5], max(2, new * 2 // 3)))
         common.generate(model, tokenizer, [(ids(prompt - 1), [ids(1)] * rows) for _ in range(groups)], new,
@@ -340,9 +349,10 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
     settings = argparse.Namespace(temperature=1.0, min_p=0.1, num_iterations=1, clip=0.2, checkpointing=True)
     group = lambda: rl.Group(ids(prompt), [ids(args.trace) for _ in range(args.group)], [0.5, -0.5] * (args.group // 2))
-    peak_of("02 sampling", lambda: draw(args.n, args.trace))
+    sampled = batches(args)
+    peak_of("02 sampling", lambda: draw(*sampled["02"]))
     judge = random_model(args.judge)
-    peak_of("03 reconstructing", lambda: draw(args.n + 2, args.action))
+    peak_of("03 reconstructing", lambda: draw(*sampled["03"]))
     peak_of("03 likelihood", lambda: packed(model, args.context, args.n + 2, args.trace, 1 + NEGATIVES, args.action))
     peak_of("03 judging", lambda: judging("03 judging"))
     judge = None
@@ -350,11 +360,11 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad])
     peak_of("04 fitting", fitting)
     peak_of("05 validation", lambda: draw(VALIDATED[1], args.trace, VALIDATED[0]))
-    peak_of("05 rollout", lambda: draw(args.group, args.trace))
+    peak_of("05 rollout", lambda: draw(args.group, args.trace, args.prompts))
     peak_of("05 rewards", lambda: packed(model, args.context, args.group + 1, args.trace, NEGATIVES, args.action))
     peak_of("05 update", lambda: rl.update(model, optimizer, [group()], settings))
     optimizer = None
-    peak_of("06 acting", lambda: draw(ANSWERS, args.trace + args.action))
+    peak_of("06 acting", lambda: draw(*sampled["06"]))
     peak_of("06 true action", lambda: packed(model, args.context, ANSWERS, args.trace, 1, args.action, past=False))
     model = None
     gc.collect()
@@ -376,7 +386,8 @@ def check() -> dict[str, float]:
 def main(argv: list[str] | None = None) -> None:
     parser = speed.make_parser(
         __doc__, context=(2048, "tokens in a context"), trace=(256, "tokens in a trace"), n=(4, "candidates a pair"),
-        action=(64, "tokens in an action"), group=(8, "completions a prompt in GRPO"), pairs=(4, "prompts at once"))
+        action=(64, "tokens in an action"), group=(8, "completions a prompt in GRPO"),
+        prompts=(4, "prompts at once in GRPO, where twice as many do not fit"), batch_tokens=(49152, "as in the stages"))
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-8b", help="whose shape")
     parser.add_argument("--judge", choices=SHAPES, default="phi-4-mini", help="the judge's shape")
     parser.add_argument("--computed", action="store_true", help="compute even if there is a GPU")

@@ -173,7 +173,8 @@ def main(argv: list[str] | None = None) -> None:
     rates = {name: speed.matrix_rate(getattr(torch, name)) for name in ("bfloat16", "float32")}
     dtype, stages = common.resolve_dtype(args.dtype), {}
     with tempfile.TemporaryDirectory() as run:
-        for script, *settings in evaluation.stages(args.limit, steps=args.steps, sampling=("--held-out", "12")):
+        for script, *settings in evaluation.stages(args.limit, steps=args.steps, sampling=("--held-out", "12"),
+                                                   e2e=("--val-every", "6")):
             options = ["--run", run, "--model", args.model, "--dtype", dtype]
             labels = [word for word in settings if word in ("grpo", "e2e")]
             stages[" ".join([script.partition("_")[0], *labels])] = profile_stage(script, *settings, *options)

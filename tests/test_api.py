@@ -18,7 +18,7 @@ import common
 
 KEY = "secret-key-1234"
 SAMPLE, SCORE = "02_sample_candidates", "03_reconstruct_score"
-SETTINGS = {SAMPLE: "--num-samples 2 --batch-tokens 1", SCORE: "--scorers embedding,judge --batch-tokens 1",
+SETTINGS = {SAMPLE: "--num-samples 2 --batch-tokens 300", SCORE: "--scorers embedding,judge --batch-tokens 600",
             "06_evaluate": "--judge openai:big --max-trace-tokens 6 --max-action-tokens 6"}
 
 

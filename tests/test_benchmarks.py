@@ -12,7 +12,8 @@ from transformers import Qwen3ForCausalLM
 import common
 from benchmarks import cost, evaluation, memory, profiling, readers, rl_curve, scoring
 
-SIZES = {"shape": "tiny", "judge": "tiny", "context": 30, "trace": 6, "action": 4, "n": 2, "group": 2, "pairs": 1}
+SIZES = {"shape": "tiny", "judge": "tiny", "context": 30, "trace": 6, "action": 4, "n": 2, "group": 2, "prompts": 1,
+         "batch_tokens": 99}
 
 
 def printed(capsys) -> dict:

@@ -102,6 +102,8 @@ def test_every_arm_acts_on_every_test_pair_and_only_the_train_split_is_learnt_fr
         assert {each.id for each in rows} == set(test) and all(
             (answer.trace is None) == (arm == "none") for each in rows for answer in each.answers)
         assert row["versus"] == (None if arm == "backward" else "backward")
+        curve = list(row["action_logprob_by_k"].values())
+        assert len(curve) == 2 and curve[1] == pytest.approx(row["action_logprob"]) and curve[0] <= curve[1] + 1e-9
         assert arm == "backward" or row["wins"] + row["ties"] + row["losses"] == 2 * row["n"] == 2 * len(test)
     assert {"scores.grpo.jsonl", "models/e2e-grpo/adapter_model.safetensors"} < results["config"]["inputs"].keys()
     compared = {(row["what"], row["a"], row["b"]) for row in results["comparisons"]}

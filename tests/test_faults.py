@@ -16,7 +16,8 @@ from conftest import make_run, release, run_stages
 import common
 from benchmarks import faults
 
-SAMPLING = "02_sample_candidates", "--num-samples", "2", "--max-trace-tokens", "12", "--batch-tokens", "1"
+# Two pairs a batch.
+SAMPLING = "02_sample_candidates", "--num-samples", "2", "--max-trace-tokens", "12", "--batch-tokens", "6600"
 FITTING = "04_select_sft", "--arms", "none", "--epochs", "1", "--rank", "4"
 
 

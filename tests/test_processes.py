@@ -15,13 +15,14 @@ from conftest import ROOT, make_pair, make_run, run_stages
 
 import common
 
-SAMPLING = "02_sample_candidates --num-samples 2 --max-trace-tokens 12 --batch-tokens 1"
-SCORING = "03_reconstruct_score --max-action-tokens 6 --batch-tokens 1"
+# Two pairs a batch, here and in EVALUATING.
+SAMPLING = "02_sample_candidates --num-samples 2 --max-trace-tokens 12 --batch-tokens 6600"
+SCORING = "03_reconstruct_score --max-action-tokens 6 --batch-tokens 2200"
 FITTING = "04_select_sft --arms backward,none --epochs 1 --batch-size 3 --rank 4"
 GRPO = ("05_rl_train --num-prompts 3 --num-generations 2 --rank 4 --save-every 1 --val-every 2 --steps 2 "
         "--reward likelihood --paraphrase-weight 0")       # the naive reward: random text is no trace to the other one
 E2E = "05_rl_train --objective e2e --num-generations 2 --max-new-tokens 12 --steps 1 --rank 4"
-EVALUATING = "06_evaluate --max-trace-tokens 8 --max-action-tokens 6 --batch-tokens 1"
+EVALUATING = "06_evaluate --max-trace-tokens 8 --max-action-tokens 6 --batch-tokens 400"
 STAGES = """
 import sys
 import conftest

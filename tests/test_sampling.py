@@ -21,7 +21,13 @@ def test_greedy_output_is_identical_to_plain_generate(tiny, numbers, shared):
         plain = tiny.model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False,
                                     max_new_tokens=70)[0, len(prompt):].tolist()
         ours = next(found)
-        assert ours.ids + [ours.end] * ours.finished == plain and ours.finished == (end in plain)
+        ids = ours.ids + [ours.end] * ours.finished
+        if ids == plain:
+            assert ours.finished == (end in plain)
+        else:                                              # two tokens as likely as each other, but for rounding
+            at = next(at for at, (one, other) in enumerate(zip(ids, plain)) if one != other)
+            logits = tiny.model(torch.tensor([prompt + plain[:at]])).logits[0, -1]
+            assert (logits[ids[at]] - logits[plain[at]]).abs() < 1e-4
 
 
 def test_a_prompt_is_sampled_in_its_group_and_batch_as_alone(tiny):

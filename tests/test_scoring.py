@@ -63,17 +63,15 @@ def test_scores_of_pairs_padded_into_one_forward_are_those_of_each_alone(tiny, n
     items = [(make_pair(action="we " * numbers.randint(2, 9), setting="here " * numbers.randint(1, 30)),
               ["Sam is tired."] * (k + 1), ["not me", "why though"][:k]) for k in range(3)]
     alone = [common.likelihood_scores(tiny, [item])[0] for item in items]
-    for room in (4096, 400):                                   # all in one, some in one
-        monkeypatch.setattr(common, "PADDED_TOKENS", room)
-        reads, forward = [], common.shared_prefix_logprobs
-        with monkeypatch.context() as patch:
-            patch.setattr(common, "shared_prefix_logprobs",
-                          lambda *rest, **more: reads.append(1) or forward(*rest, **more))
-            padded = common.likelihood_scores(tiny, items)
-        assert len(reads) < len(items)
-        for (rows, plain), (ours, ours_plain) in zip(alone, padded):
-            assert ours_plain == pytest.approx(plain, abs=1e-4)
-            assert all(one == pytest.approx(other, abs=1e-4) for one, other in zip(rows, ours, strict=True))
+    reads, forward = [], common.shared_prefix_logprobs
+    monkeypatch.setattr(common, "PADDED_TOKENS", 10**6)
+    monkeypatch.setattr(common, "shared_prefix_logprobs",
+                        lambda *rest, **more: reads.append(1) or forward(*rest, **more))
+    padded = common.likelihood_scores(tiny, items)
+    assert len(reads) == 1
+    for (rows, plain), (ours, ours_plain) in zip(alone, padded):
+        assert ours_plain == pytest.approx(plain, abs=1e-4)
+        assert all(one == pytest.approx(other, abs=1e-4) for one, other in zip(rows, ours, strict=True))
 
 
 @pytest.mark.parametrize("trace, action, context, share", [

@@ -119,6 +119,23 @@ def test_a_tag_takes_the_first_trace_that_passes_and_the_settings_of_the_other_a
     assert {weight.shape[0] for name, weight in weights if "lora_A" in name} == {3}
 
 
+def test_a_rating_that_is_missing_costs_all_arms_that_pair_whenever_they_are_fitted(tiny_folder, tmp_path):
+    """Arms of different pairs could not be compared; the tag's set may miss other ratings, and needs none."""
+    run = make_run(tmp_path / "run", train=5)
+    ids, fit = train_ids(run), "04_select_sft --rank 4 --epochs 1 --arms"
+    for file, missing in (("scores.jsonl", 1), ("scores.grpo.jsonl", 3)):
+        rows = [make_scores(name, [0.1, 0.3], control=ids[0]) for name in ids]
+        for place, row in enumerate(rows):
+            for k, some in enumerate(row.candidates):
+                some.scores["judge"] = None if place == missing else float(1 - k)
+        write_scores(run, file, rows)
+    run_stages(stage, run, tiny_folder, f"{fit} backward,recon", f"{fit} judged", "04_select_sft --tag grpo")
+    chosen = {arm: common.read_rows(run / "traces" / f"{arm}.jsonl", common.Choice)
+              for arm in ("backward", "recon", "judged", "recon-grpo")}
+    assert all([row.id for row in rows] == [*ids[:1], *ids[2:]] for rows in chosen.values())
+    assert [{row.k for row in chosen[arm]} for arm in ("recon", "judged")] == [{1}, {0}]
+
+
 @pytest.mark.parametrize("trace", ["Sam feels fine", None])
 def test_the_loss_covers_exactly_trace_action_and_end_token(tiny, trace):
     """Against transformers' own loss with labels of -100 on the prompt."""
@@ -140,8 +157,7 @@ def test_examples_in_one_row_have_the_loss_and_the_gradients_of_each_alone(tiny,
     for weight in weights:
         torch.nn.init.normal_(weight, std=0.1)
     packed, alone = (torch.autograd.grad(sum(sft.completion_loss(model, row, 3) for row in rows), weights)
-                     for rows in (common.fill_rows(examples, lambda example: sum(map(len, example)), 40),
-                                  [[example] for example in examples]))
+                     for rows in (sft.fill_rows(examples, 40), [[example] for example in examples]))
     for one, other in zip(packed, alone):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
@@ -165,8 +181,7 @@ def test_gradients_in_float16_are_finite_and_those_of_float32_but_for_rounding(t
 
 def test_rows_are_filled_in_order_up_to_their_room_and_a_longer_example_stands_alone(numbers):
     examples = [([0] * numbers.randint(1, 30), [0]) for _ in range(40)]
-    rows = common.fill_rows(examples, lambda example: sum(map(len, example)), 25)
-    size = lambda row: sum(len(prompt) + 1 for prompt, _ in row)
+    rows, size = sft.fill_rows(examples, 25), lambda row: sum(len(prompt) + 1 for prompt, _ in row)
     assert sum(rows, []) == examples and all(size(row) <= 25 or len(row) == 1 for row in rows)
     assert all(size([*row, after[0]]) > 25 for row, after in zip(rows, rows[1:]))
 
