@@ -178,8 +178,9 @@ def update(model: Any, optimizer: torch.optim.Optimizer, groups: Sequence[Group]
             logprobs, entropy = policy_logprobs(model, batch, args, leaves)
             if len(olds) == place:                         # the first iteration: the policy is the one that sampled
                 olds.append(logprobs.detach())
-            advantages = torch.tensor([value for group in batch for value, ids in zip(group.advantages, group.completions)
-                                       for _ in ids], device=logprobs.device)           # [tokens]
+            advantages = torch.tensor([
+                value for group in batch for value, ids in zip(group.advantages, group.completions) for _ in ids],
+                device=logprobs.device)                                                 # [tokens]
             loss = policy_loss(logprobs, olds[place], advantages, args.clip).sum() / total
             loss.backward()
             clipped = ((logprobs.detach() - olds[place]).exp() - 1) * advantages.sign() > args.clip

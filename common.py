@@ -1125,8 +1125,8 @@ def tree_tokens(tree: Tree) -> int:
     prefix, stems, leaves = tree
     return len(prefix) + sum(map(len, stems)) + sum(len(leaf) for branches in leaves for leaf in branches)
 
-# Tokens, padding included, of one forward in scoring and in GRPO's update. A small forward a pair leaves a GPU idle, but
-# keeps a CPU busy: there each pair is read alone.
+# Tokens, padding included, of one forward in scoring and in GRPO's update. A small forward a pair leaves a GPU idle,
+# but keeps a CPU busy: there each pair is read alone.
 PADDED_TOKENS = 4096 if torch.cuda.is_available() else 0
 
 WORD = re.compile(r"\w+(?:['’]\w+)*")

@@ -387,7 +387,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = speed.make_parser(
         __doc__, context=(2048, "tokens in a context"), trace=(256, "tokens in a trace"), n=(4, "candidates a pair"),
         action=(64, "tokens in an action"), group=(8, "completions a prompt in GRPO"),
-        prompts=(4, "prompts at once in GRPO, where twice as many do not fit"), batch_tokens=(49152, "as in the stages"))
+        prompts=(4, "prompts at once in GRPO, where twice as many do not fit"),
+        batch_tokens=(49152, "as in the stages"))
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-8b", help="whose shape")
     parser.add_argument("--judge", choices=SHAPES, default="phi-4-mini", help="the judge's shape")
     parser.add_argument("--computed", action="store_true", help="compute even if there is a GPU")
