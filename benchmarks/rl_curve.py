@@ -31,6 +31,7 @@ converted once, which takes some minutes). Prints one JSON object last.
 import argparse
 import importlib
 import json
+import math
 import random
 import sys
 from collections import defaultdict
@@ -253,23 +254,25 @@ def draw(courses: dict[str, list[list[rl_train.Step]]], results: dict[str, Any],
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, plots = pyplot.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
-    titles = {"contrast": "contrast, validation pairs", "paraphrase": "paraphrase", "malformed": "malformed traces"}
+    figure, plots = pyplot.subplots(1, 5, figsize=(18, 3.6), layout="constrained")
+    titles = {"contrast": "contrast of faultless traces", "paraphrase": "their paraphrase", "is_leak": "leaks, of all",
+              "malformed": "malformed, of all"}
     for plot, (key, title) in zip(plots, titles.items()):
         for colour, (method, runs) in enumerate(courses.items()):
             for place, lines in enumerate(runs):
                 points = [(line.step, line.validation[key]) for line in lines if line.validation]
-                plot.plot(*zip(*points), marker="o", markersize=3, color=f"C{colour}", label=None if place else method)
-        plot.set(xlabel="step", title=title)
+                plot.plot([step for step, _ in points], [math.nan if value is None else value for _, value in points],
+                          marker="o", markersize=3, color=f"C{colour}", label=None if place else method)
+        plot.set(xlabel="step (validation pairs)", title=title)
     bars = [(method, name, row) for method, result in results.items() for name, row in result["passing"].items()
             if name.startswith("contrast") and row["gain"] is not None]
     for place, (_, _, row) in enumerate(bars):
         low, high = row["ci95"] or (row["gain"], row["gain"])
-        plots[3].plot([low, high], [place, place], color="C0")
-        plots[3].plot(row["gain"], place, "o", color="C0")
-    plots[3].axvline(0, color="grey", linewidth=0.8)
-    plots[3].set(title="gain in contrast, test pairs")
-    plots[3].set_yticks(range(len(bars)), [method + name.removeprefix("contrast") for method, name, _ in bars])
+        plots[4].plot([low, high], [place, place], color="C0")
+        plots[4].plot(row["gain"], place, "o", color="C0")
+    plots[4].axvline(0, color="grey", linewidth=0.8)
+    plots[4].set(xlabel="nats a token", title="gain in contrast, test pairs")
+    plots[4].set_yticks(range(len(bars)), [method + name.removeprefix("contrast") for method, name, _ in bars])
     if courses:
         plots[0].legend(title="method", fontsize=8)
     figure.savefig(path, dpi=100)
