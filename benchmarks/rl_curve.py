@@ -53,7 +53,7 @@ from common import Choice, LocalModel, Pair
 
 select_sft, rl_train = importlib.import_module("04_select_sft"), importlib.import_module("05_rl_train")
 
-METHODS = ("contrast", "likelihood", "expert")
+LABELS = {"contrast": "GRPO, reward contrast", "likelihood": "GRPO, naive reward", "expert": "expert iteration"}
 GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 SCORES = ("contrast", "masked_likelihood")
 NEGATIVES = 4                                              # other actions that contrast is held against, as in stage 3
@@ -262,7 +262,7 @@ def draw(courses: dict[str, list[list[rl_train.Step]]], results: dict[str, Any],
             for place, lines in enumerate(runs):
                 points = [(line.step, line.validation[key]) for line in lines if line.validation]
                 plot.plot([step for step, _ in points], [math.nan if value is None else value for _, value in points],
-                          marker="o", markersize=3, color=f"C{colour}", label=None if place else method)
+                          marker="o", markersize=3, color=f"C{colour}", label=None if place else LABELS[method])
         plot.set(xlabel="step (validation pairs)", title=title)
     bars = [(method, name, row) for method, result in results.items() for name, row in result["passing"].items()
             if name.startswith("contrast") and row["gain"] is not None]
@@ -272,9 +272,11 @@ def draw(courses: dict[str, list[list[rl_train.Step]]], results: dict[str, Any],
         plots[4].plot(row["gain"], place, "o", color="C0")
     plots[4].axvline(0, color="grey", linewidth=0.8)
     plots[4].set(xlabel="nats a token", title="gain in contrast, test pairs")
-    plots[4].set_yticks(range(len(bars)), [method + name.removeprefix("contrast") for method, name, _ in bars])
+    readers = {True: "as the second reader reads it", False: "as the rewarding model reads it"}
+    plots[4].set_yticks(range(len(bars)), [f"{LABELS[method]}\n{readers['second' in name]}" for method, name, _ in bars])
+    plots[0].set_ylim(-0.15, 0.25)                         # the naive reward's quotes go far beyond
     if courses:
-        plots[0].legend(title="method", fontsize=8)
+        plots[0].legend(fontsize=8)
     figure.savefig(path, dpi=100)
 
 
@@ -344,14 +346,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--run", type=Path, default=Path("runs/rl_curve"), metavar="DIR", help="of everything")
     add("--model", default="embedded", metavar="NAME", help="synthesizer and rewarding reader")
     add("--second-reader", default="gemma", metavar="NAME", help="gemma, a folder or none")
-    add("--methods", default="contrast", help=f"comma-separated, from {', '.join(METHODS)}")
+    add("--methods", default="contrast", help=f"comma-separated, from {', '.join(LABELS)}")
     add("--seeds", type=int, nargs="+", default=[0], help="of training")
     add("--lr", type=common.positive_float, default=1e-4, help="of GRPO")
     add("--expert-lr", type=common.positive_float, default=2e-4, help="of expert iteration, at its peak")
     add("--picture", type=Path, metavar="FILE", help="where the curves are drawn (unset: RUN/rl_curve.png)")
     args = parser.parse_args(argv)
-    if unknown := set(args.methods.split(",")) - {*METHODS}:
-        common.fail(f"--methods: unknown method {min(unknown)}; choose from {', '.join(METHODS)}")
+    if unknown := set(args.methods.split(",")) - {*LABELS}:
+        common.fail(f"--methods: unknown method {min(unknown)}; choose from {', '.join(LABELS)}")
     if args.steps * args.num_prompts < args.rounds:
         common.fail("--rounds must not be more than the prompts there are")
     return args
