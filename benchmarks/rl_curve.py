@@ -273,7 +273,8 @@ def draw(courses: dict[str, list[list[rl_train.Step]]], results: dict[str, Any],
     plots[4].axvline(0, color="grey", linewidth=0.8)
     plots[4].set(xlabel="nats a token", title="gain in contrast, test pairs")
     readers = {True: "as the second reader reads it", False: "as the rewarding model reads it"}
-    plots[4].set_yticks(range(len(bars)), [f"{LABELS[method]}\n{readers['second' in name]}" for method, name, _ in bars])
+    plots[4].set_yticks(range(len(bars)), [f"{LABELS[method]}\n{readers['second' in name]}"
+                                           for method, name, _ in bars])
     plots[0].set_ylim(-0.15, 0.25)                         # the naive reward's quotes go far beyond
     if courses:
         plots[0].legend(fontsize=8)

@@ -42,7 +42,8 @@ def test_every_stage_understands_its_preset_and_its_batches_hold_many_chats_but_
     assert prepare.max_context_turns >= 40 and prepare.max_context_tokens >= 1024
     assert {"backward", "guarded", "recon", "judged", "shuffled", "worst"} < set(fit.arms.split(","))
     assert score.judge == act.judge and "judge" in score.scorers and not score.judge.startswith("Qwen")
-    room = lambda context: 4 * (524 + context + prepare.max_action_tokens + sample.max_trace_tokens)    # 524: the prompt
+    words = 524                                            # of the prompt itself
+    room = lambda context: 4 * (words + context + prepare.max_action_tokens + sample.max_trace_tokens)
     assert sample.batch_tokens // room(prepare.max_context_tokens) in (pairs_of_the_longest, pairs_of_the_longest + 1)
     assert sample.batch_tokens // room(150) > 1.5 * pairs_of_the_longest
     assert fit.row_tokens >= prepare.max_context_tokens + sample.max_trace_tokens + prepare.max_action_tokens
