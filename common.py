@@ -1245,8 +1245,8 @@ def likelihood_scores(local: LocalModel, items: Sequence[tuple[Pair, Sequence[st
     """
     tokenizer, model, trees = local.tokenizer, local.model, []
     for pair, traces, others in items:
-        prompts = [with_trace("transcript", trace, context=format_context(pair),
-                              setting=one_line(pair.setting or SETTING)) for trace in (None, *traces)]
+        context, setting = format_context(pair), one_line(pair.setting or SETTING)
+        prompts = [with_trace("transcript", trace, context=context, setting=setting) for trace in (None, *traces)]
         prefix, stems = split_prefix([encode_prompt(tokenizer, prompt) for prompt in prompts])
         # With the space that follows every name in the context: without it the first token would be an unlikely one.
         actions = [encode_data(tokenizer, f" {text}") for text in (pair.action, *others)]
