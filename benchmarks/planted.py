@@ -1,6 +1,7 @@
 """The whole loop in a world where the truth is known: is the cause found, and what does it teach?
 
     python benchmarks/planted.py                                        an hour and a half on two cores
+    python benchmarks/planted.py --writer base                          GRPO of a writer that has seen no such trace
     python benchmarks/planted.py --run runs/small --pairs 1 --test-pairs 1 --steps 1 --num-prompts 2
                                                                         five minutes, to see it work
 
@@ -17,16 +18,22 @@ Held-out pairs are made of templates for signs, motives and actions that trainin
 motive count as one conversation, so no action is held against another one of its own motive, a control names another
 motive, and intervals are over motives.
 
+GRPO starts from a writer fitted on the first candidate of each training pair, whatever kind it is: it knows what traces
+of this world look like and not which are true. The base alone seldom names a motive (--writer base), and what is never
+sampled cannot be reinforced.
+
     out    RUN/pairs.jsonl, RUN/candidates.jsonl    made here, without a model
            the outputs of stages 03 to 06           run as programs, so it goes on where it was stopped
-           RUN/sampled/                             what the synthesizer writes for held-out pairs
+           RUN/writer/                              the adapter that GRPO starts from
+           RUN/sampled/                             what the base, the writer and the synthesizer write for held-out pairs
 
 Prints one JSON object last:
 
     selected      share of pairs in which each kind has the best score among those that pass; chance is a third
     stopped       share of each kind that the leak detector stops
-    traces        what sampled traces name, before and after GRPO, by lists of words: the motive that Sam acts on
-                  (`right`), it and another (`mixed`), the one that Sam only shows (`shown`), a `foreign` one or none
+    traces        what sampled traces name, by the base, before and after GRPO, by lists of words: the motive that Sam
+                  acts on (`right`), it and another (`mixed`), the one that Sam only shows (`shown`), a `foreign` one
+                  or none
     actions       what the predicted actions of each arm's user model follow from, in the same way
     comparisons   the arm recon against the other arms, from results.json
 """
@@ -50,7 +57,7 @@ import torch
 import common
 from benchmarks import speed
 from benchmarks.evaluation import rounded, run_program
-from common import Candidate, Candidates, Pair, Scores, Turn
+from common import Candidate, Candidates, Choice, Pair, Scores, Turn
 
 sampling, select_sft, evaluate = map(
     importlib.import_module, ("02_sample_candidates", "04_select_sft", "06_evaluate"))
@@ -383,19 +390,39 @@ def gain(before: Sequence[Candidates], after: Sequence[Candidates], pairs: dict[
 # The program
 
 
+def fit_writer(args: argparse.Namespace) -> None:
+    """RUN/writer: an adapter fitted, with stage 4's defaults, on the traces of the arm backward."""
+    source, traces = args.run / "pairs.jsonl", args.run / "traces" / "backward.jsonl"
+    fitting = select_sft.parse_args(["--run", str(args.run), "--model", args.model, "--seed", str(args.seed)])
+    config = common.run_config(fitting, [source, traces], ["synthesis"], ["arms", "tag", "score"])
+    if common.is_made(args.run / "writer", config, False):
+        return
+    local = common.load_model(args.model, False, "auto")
+    pairs = {pair.id: pair for pair in common.read_rows(source, Pair)}
+    examples = [(common.encode_prompt(local.tokenizer, common.synthesis_prompt(pairs[row.id])),
+                 [*common.encode_data(local.tokenizer, row.trace), local.tokenizer.eos_token_id])
+                for row in common.read_rows(traces, Choice)]
+    model, _ = select_sft.fit_user_model(local.model, examples, fitting, "the writer")
+    common.save_adapter(model, args.run / "writer", config)
+
+
 def run_stages(args: argparse.Namespace) -> None:
-    """Stages 3 to 6, and stage 2 for held-out pairs with the untrained and the trained synthesizer."""
-    grpo = [part for name in ("steps", "num_prompts", "num_generations", "val_every")
+    """Stages 3 to 6, and stage 2 for held-out pairs with the base, the writer and the trained synthesizer."""
+    held_out, stage = args.run / "sampled", ["--model", args.model, "--seed", str(args.seed)]
+    grpo = [part for name in ("steps", "num_prompts", "num_generations", "val_every", "lr")
             for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
-    held_out = args.run / "sampled"
-    for name, run, *settings in (
-            ("03_reconstruct_score.py", args.run, "--scorers", "likelihood", "--negatives", "4"),
-            ("04_select_sft.py", args.run, "--arms", ARMS, "--score", args.score),
-            ("05_rl_train.py", args.run, *grpo),
-            ("02_sample_candidates.py", held_out, "--num-samples", str(args.num_traces)),
-            ("02_sample_candidates.py", held_out, "--tag", "grpo", "--adapter", str(args.run / "models/synthesizer")),
-            ("06_evaluate.py", args.run, "--versus", "guarded", "--round-robin")):
-        run_program(name, "--run", str(run), "--model", args.model, "--seed", str(args.seed), *settings)
+    run_program("03_reconstruct_score.py", "--run", str(args.run), *stage, "--scorers", "likelihood")
+    run_program("04_select_sft.py", "--run", str(args.run), *stage, "--arms", ARMS, "--score", args.score)
+    adapters = {"grpo": args.run / "models" / "synthesizer"}
+    if args.writer == "fitted":
+        fit_writer(args)
+        adapters["writer"] = args.run / "writer"
+        grpo += ["--init-adapter", str(args.run / "writer")]
+    run_program("05_rl_train.py", "--run", str(args.run), *stage, *grpo)
+    run_program("02_sample_candidates.py", "--run", str(held_out), *stage, "--num-samples", str(args.num_traces))
+    for tag, adapter in adapters.items():
+        run_program("02_sample_candidates.py", "--run", str(held_out), *stage, "--tag", tag, "--adapter", str(adapter))
+    run_program("06_evaluate.py", "--run", str(args.run), *stage, "--versus", "guarded", "--round-robin")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -407,6 +434,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--run", type=Path, default=Path("runs/planted"), metavar="DIR", help="of everything")
     add("--model", default="embedded", metavar="NAME", help="as in the stages")
     add("--seed", type=int, default=0, help="of the world and of the stages")
+    add("--lr", type=common.positive_float, default=1e-4, help="of GRPO")
+    add("--writer", choices=("fitted", "base"), default="fitted", help="what GRPO starts from; see above")
     add("--score", choices=SCORES, default="contrast", help="what the arm recon is chosen by")
     return parser.parse_args(argv)
 
@@ -418,10 +447,11 @@ def main(argv: list[str] | None = None) -> None:
     pairs = {pair.id: pair for pair in common.read_rows(args.run / "pairs.jsonl", Pair)}
     rows = common.read_rows(args.run / "scores.jsonl", Scores)
     splits = {split: [row for row in rows if pairs[row.id].split == split] for split in ("train", "test")}
-    before, after = (common.read_rows(args.run / "sampled" / name, Candidates)
-                     for name in ("candidates.jsonl", "candidates.grpo.jsonl"))
+    base, after, before = (
+        common.read_rows(args.run / "sampled" / common.tagged("candidates.jsonl", tag), Candidates)
+        for tag in (None, "grpo", "writer" if args.writer == "fitted" else None))
     traces = {name: count_verdicts([(pairs[row.id], some.trace) for row in found for some in row.candidates])
-              for name, found in (("before", before), ("after", after))}
+              for name, found in (("base", base), ("before", before), ("after", after))}
     results = json.loads((args.run / "results.json").read_text(encoding="utf-8"))
     written = {arm: common.read_rows(args.run / "predictions" / f"{arm}.jsonl", evaluate.Prediction)
                for arm in results["arms"]}
