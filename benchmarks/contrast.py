@@ -8,9 +8,9 @@
     out    RUN/DOMAIN/variants.READER.jsonl         a line a pair; finished lines are kept
 
 All are made of one table a pair: how much likelier each trace makes the true action and --negatives other actions, by
-token. The AUC is the share of comparisons that a pair's own trace wins against one of another conversation, among traces
-that the leak detector lets through; `over_default` is what it adds to that of the default, contrast with 4 negatives, pair
-by pair. Intervals by conversation. Prints one JSON object last.
+token. The AUC is the share of comparisons that a pair's own trace wins against one of another conversation, among
+traces that the leak detector lets through; `over_default` is what it adds to that of the default, contrast with 4
+negatives, pair by pair. Intervals by conversation. Prints one JSON object last.
 """
 
 import argparse

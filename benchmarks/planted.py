@@ -25,7 +25,8 @@ sampled cannot be reinforced.
     out    RUN/pairs.jsonl, RUN/candidates.jsonl    made here, without a model
            the outputs of stages 03 to 06           run as programs, so it goes on where it was stopped
            RUN/writer/                              the adapter that GRPO starts from
-           RUN/sampled/                             what the base, the writer and the synthesizer write for held-out pairs
+           RUN/sampled/                             what the base, the writer and the synthesizer write for held-out
+                                                    pairs
 
 Prints one JSON object last:
 
