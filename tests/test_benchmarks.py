@@ -10,8 +10,9 @@ from conftest import ROOT, make_pair, make_run, random_ids, release, run_stages
 from transformers import Qwen3ForCausalLM
 
 import common
-from benchmarks import cost, evaluation, memory, profiling, readers, rl_curve, scoring
+from benchmarks import contrast, cost, evaluation, memory, own_traces, profiling, readers, rl_curve, scoring
 
+evaluate = own_traces.evaluate
 SIZES = {"shape": "tiny", "judge": "tiny", "context": 30, "trace": 6, "action": 4, "n": 2, "group": 2, "prompts": 1,
          "batch_tokens": 99}
 
@@ -94,6 +95,35 @@ def test_planted_traces_and_those_of_real_pairs_get_every_score(tiny, encoder, m
     table = scoring.measure_pairs(tiny, encoder, pairs)["auc"]
     assert {*scoring.scoring.SCORES} == {*found["scores"]} < {*table}
     assert all(row["all"]["comparisons"] == 24 and row["all"]["ci95"] for row in table.values())
+
+
+def test_the_default_among_the_forms_of_contrast_is_stage_3s_and_others_are_made_of_the_same_gains(tiny, encoder):
+    pair, others = make_pair("c/1", "i like old trains"), ["no idea", "see you later then", "we eat soup", "why?"]
+    traces = ["Sam is fond of trains.", "Sam is tired."]
+    row = contrast.score_pair(tiny, encoder, pair, traces[:1], traces[1:], others)
+    ((expected, _),) = common.likelihood_scores(tiny, [(pair, traces, others)])
+    for scores, wanted in zip((*row.own, *row.other), expected, strict=True):
+        assert [scores[name] for name in ("likelihood", "masked_likelihood", contrast.DEFAULT)] == pytest.approx(
+            [wanted[name] for name in ("likelihood", "masked_likelihood", "contrast")], abs=1e-5)
+        assert scores[contrast.NEAREST] == pytest.approx(scores[contrast.DEFAULT], abs=1e-6)   # all four are nearest
+    gains, masks = ([1.0, 3.0], [0.5], [5.0]), ([1, 1], [1], [0])
+    found = contrast.forms_of([*map(torch.tensor, gains)], [*map(torch.tensor, masks)], [1])
+    assert found["contrast, 1 negatives"] == 1.5 and found["contrast, 2 negatives"] == 1.75
+    assert found[contrast.NEAREST] == 2.0 and found["contrast, nothing masked"] == pytest.approx(2 - 2.75)
+    assert found["contrast with the likeliest other action alone"] == 1.5
+    assert found["share of other actions that gain less"] == 1.0
+    row = contrast.Variants(id="a", own=[{contrast.DEFAULT: 1.0, "x": 0.0}], other=[{contrast.DEFAULT: 0.0, "x": 0.0}])
+    summary = contrast.summarise([row], {"a": "c"})
+    assert summary["x"]["auc"]["mean"] == 0.5 and summary["x"]["over_default"]["mean"] == -0.5
+
+
+def test_an_action_follows_its_trace_by_what_other_traces_of_the_same_pair_would_say_of_it(tiny):
+    pair, answers = make_pair(), [("Sam is fond of trains.", "i like trains"), ("Sam is tired.", "good night"), ("x", "")]
+    logprob = lambda trace, action: evaluate.true_action_logprobs(
+        tiny, pair.model_copy(update={"action": action}), [trace])[0] / len(common.encode_data(tiny.tokenizer, action))
+    slow = sum(logprob(*answers[k]) - logprob(answers[1 - k][0], answers[k][1]) for k in (0, 1)) / 2
+    assert own_traces.how_followed(tiny, pair, answers) == pytest.approx(slow, abs=1e-5)
+    assert own_traces.how_followed(tiny, pair, [answers[0]] * 2) is None
 
 
 def test_the_commands_of_the_whole_loop_are_understood_by_the_stages(stage):
