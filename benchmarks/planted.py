@@ -26,7 +26,7 @@ sampled cannot be reinforced.
            the outputs of stages 03 to 06           run as programs, so it goes on where it was stopped
            RUN/writer/                              the adapter that GRPO starts from
            RUN/sampled/                             what the base, the writer and the synthesizer write for held-out
-                                                    pairs
+                                                    pairs and for as many that they were trained on
 
 Prints one JSON object last:
 
@@ -34,8 +34,10 @@ Prints one JSON object last:
     stopped       share of each kind that the leak detector stops
     traces        what sampled traces name, by the base, before and after GRPO, by lists of words: the motive that Sam
                   acts on (`right`), it and another (`mixed`), the one that Sam only shows (`shown`), a `foreign` one
-                  or none
-    actions       what the predicted actions of each arm's user model follow from, in the same way
+                  or none; `named` is right or mixed
+    thoughts      what the traces name that each arm's user model writes for held-out pairs on its own
+    actions       what its actions follow from, in the same way
+    followed      of its traces that name a motive, the share whose action follows from that motive
     comparisons   the arm recon against the other arms, from results.json
 """
 
@@ -323,13 +325,14 @@ def make_world(pairs: int, test_pairs: int, seed: int) -> tuple[list[Pair], list
 
 
 def write_world(args: argparse.Namespace) -> None:
-    """RUN/pairs.jsonl; RUN/candidates.jsonl, as if stage 2 had made it; RUN/sampled/pairs.jsonl, the held-out pairs."""
+    """RUN/pairs.jsonl; RUN/candidates.jsonl, as if stage 2 had made it; RUN/sampled/pairs.jsonl, both kinds of pair."""
     pairs, rows = make_world(args.pairs, args.test_pairs, args.seed)
-    held_out = [pair for pair in pairs if pair.split == "test"]
+    held_out, train = ([pair for pair in pairs if pair.split == split] for split in ("test", "train"))
     settings = {"arguments": {key: getattr(args, key) for key in ("pairs", "test_pairs", "seed")},
                 "world": common.hash_of(pairs, rows)}
     as_sampled = sampling.parse_args(["--run", str(args.run), "--model", args.model, "--seed", str(args.seed)])
-    for name, some in (("pairs.jsonl", pairs), ("sampled/pairs.jsonl", held_out), ("candidates.jsonl", rows)):
+    for name, some in (("pairs.jsonl", pairs), ("candidates.jsonl", rows),
+                       ("sampled/pairs.jsonl", held_out + train[:len(held_out)])):
         config = settings
         if name == "candidates.jsonl":                     # stage 5 reads there how to sample
             config = settings | common.run_config(as_sampled, [args.run / "pairs.jsonl"])
@@ -374,13 +377,23 @@ def verdict(text: str, pair: Pair, in_action: bool = False) -> str:
 def count_verdicts(texts: Iterable[tuple[Pair, str]], in_action: bool = False) -> dict[str, Any]:
     rows = [(verdict(text, pair, in_action), pair.conversation) for pair, text in texts]
     counts = Counter(word for word, _ in rows)
-    return {"right": share([word == "right" for word, _ in rows], [cluster for _, cluster in rows]),
+    of = lambda *words: share([word in words for word, _ in rows], [cluster for _, cluster in rows])
+    return {"named": of("right", "mixed"), "right": of("right"),
             **{word: counts[word] / len(rows) for word in ("mixed", "shown", "foreign", "none")}}
 
 
-def gain(before: Sequence[Candidates], after: Sequence[Candidates], pairs: dict[str, Pair]) -> dict[str, Any]:
-    """How much more of a pair's traces are right after training."""
-    rights = [{row.id: sum(verdict(some.trace, pairs[row.id]) == "right" for some in row.candidates)
+def followed(answers: Sequence[tuple[Pair, evaluate.Answer]]) -> dict[str, Any] | None:
+    """How often an action follows from a motive that the trace before it names."""
+    rows = [(shown_motives(answer.trace, False), shown_motives(answer.action, True), pair.conversation)
+            for pair, answer in answers]
+    rows = [row for row in rows if row[0]]
+    return share([bool(named & acted) for named, acted, _ in rows], [cluster for *_, cluster in rows]) if rows else None
+
+
+def gain(before: Sequence[Candidates], after: Sequence[Candidates], pairs: dict[str, Pair], words: Sequence[str]
+         ) -> dict[str, Any]:
+    """How much more of a pair's traces have one of these verdicts after training."""
+    rights = [{row.id: sum(verdict(some.trace, pairs[row.id]) in words for some in row.candidates)
                / len(row.candidates) for row in rows} for rows in (before, after)]
     points = [rights[1][name] - rights[0][name] for name in rights[0]]
     return {"mean": sum(points) / len(points),
@@ -408,8 +421,8 @@ def fit_writer(args: argparse.Namespace) -> None:
 
 
 def run_stages(args: argparse.Namespace) -> None:
-    """Stages 3 to 6, and stage 2 for held-out pairs with the base, the writer and the trained synthesizer."""
-    held_out, stage = args.run / "sampled", ["--model", args.model, "--seed", str(args.seed)]
+    """Stages 3 to 6, and stage 2 with the base, the writer and the trained synthesizer for pairs of both kinds."""
+    sampled, stage = args.run / "sampled", ["--model", args.model, "--seed", str(args.seed)]
     grpo = [part for name in ("steps", "num_prompts", "num_generations", "val_every", "lr")
             for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
     run_program("03_reconstruct_score.py", "--run", str(args.run), *stage, "--scorers", "likelihood")
@@ -420,9 +433,9 @@ def run_stages(args: argparse.Namespace) -> None:
         adapters["writer"] = args.run / "writer"
         grpo += ["--init-adapter", str(args.run / "writer")]
     run_program("05_rl_train.py", "--run", str(args.run), *stage, *grpo)
-    run_program("02_sample_candidates.py", "--run", str(held_out), *stage, "--num-samples", str(args.num_traces))
+    run_program("02_sample_candidates.py", "--run", str(sampled), *stage, "--num-samples", str(args.num_traces))
     for tag, adapter in adapters.items():
-        run_program("02_sample_candidates.py", "--run", str(held_out), *stage, "--tag", tag, "--adapter", str(adapter))
+        run_program("02_sample_candidates.py", "--run", str(sampled), *stage, "--tag", tag, "--adapter", str(adapter))
     run_program("06_evaluate.py", "--run", str(args.run), *stage, "--versus", "guarded", "--round-robin")
 
 
@@ -451,21 +464,30 @@ def main(argv: list[str] | None = None) -> None:
     base, after, before = (
         common.read_rows(args.run / "sampled" / common.tagged("candidates.jsonl", tag), Candidates)
         for tag in (None, "grpo", "writer" if args.writer == "fitted" else None))
-    traces = {name: count_verdicts([(pairs[row.id], some.trace) for row in found for some in row.candidates])
-              for name, found in (("base", base), ("before", before), ("after", after))}
+    traces = {}
+    for split in ("train", "test"):
+        of = lambda rows: [row for row in rows if pairs[row.id].split == split]
+        traces[split] = {name: count_verdicts(
+            (pairs[row.id], candidate.trace) for row in of(found) for candidate in row.candidates)
+            for name, found in (("base", base), ("before", before), ("after", after))}
+        traces[split] |= {f"gain_in_{word}": gain(of(before), of(after), pairs, words) for word, words in (
+            ("named", ("right", "mixed")), ("right", ("right",)))}
     results = json.loads((args.run / "results.json").read_text(encoding="utf-8"))
-    written = {arm: common.read_rows(args.run / "predictions" / f"{arm}.jsonl", evaluate.Prediction)
-               for arm in results["arms"]}
+    written = {arm: [(pairs[row.id], answer) for row in common.read_rows(
+        args.run / "predictions" / f"{arm}.jsonl", evaluate.Prediction) for answer in row.answers]
+        for arm in results["arms"]}
     print(json.dumps(rounded({
         "machine": speed.machine(), "torch": torch.__version__, "model": args.model, "score": args.score,
         "pairs": {split: len(some) for split, some in splits.items()},
         "selected": {split: {score: selected(some, pairs, score) for score in SCORES}
                      for split, some in splits.items()},
         "stopped": {split: stopped(some) for split, some in splits.items()},
-        "traces": traces | {"gain_in_right": gain(before, after, pairs)},
-        "actions": {arm: count_verdicts([(pairs[row.id], answer.action) for row in found
-                                          for answer in row.answers], True)
+        "traces": traces,
+        "thoughts": {arm: count_verdicts((pair, answer.trace) for pair, answer in found)
+                     for arm, found in written.items()},
+        "actions": {arm: count_verdicts(((pair, answer.action) for pair, answer in found), True)
                     for arm, found in written.items()},
+        "followed": {arm: followed(found) for arm, found in written.items()},
         "comparisons": [{key: row[key] for key in ("a", "b", "n", "win_rate", "ci95", "p", "p_holm")}
                         for row in results["comparisons"] if row["a"] == "recon" and row["what"] == "actions"]})))
 
