@@ -1,6 +1,6 @@
 """Which form of contrast tells best whose trace it is? Tried: negatives, masks, the wording of the prompt, two readers.
 
-    python benchmarks/contrast.py                          300 chat pairs, two readers: half an hour on two cores
+    python benchmarks/contrast.py                          300 chat pairs, two readers: more than an hour on a core
     python benchmarks/contrast.py --domains court,podcast --transcripts DIR
     python benchmarks/contrast.py --run runs/small --pairs 6 --readers embedded         a minute, to see it work
 
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import common
 from benchmarks import readers, speed
-from benchmarks.evaluation import rounded
+from benchmarks.evaluation import rounded, with_interval
 from common import LocalModel, Pair
 
 DEFAULT = "contrast, 4 negatives"
@@ -122,41 +122,31 @@ def summarise(rows: Sequence[Variants], conversations: dict[str, str]) -> dict[s
     names = kept[0].own[0]
     clusters = [conversations[row.id] for row in kept for _ in won(row, DEFAULT)]
     points = {name: [point for row in kept for point in won(row, name)] for name in names}
-    with_interval = lambda values: {"mean": sum(values) / len(values),
-                                    "ci95": common.bootstrap_interval(values, clusters)}
-    return {name: {"auc": with_interval(values), "over_default": with_interval(
-        [value - usual for value, usual in zip(values, points[DEFAULT])])} for name, values in points.items()}
+    return {name: {"auc": with_interval(values, clusters), "over_default": with_interval(
+        [value - usual for value, usual in zip(values, points[DEFAULT])], clusters)} for name, values in points.items()}
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = speed.make_parser(__doc__, pairs=(300, "of chat"), other_pairs=(60, "of court and of podcast"),
-                               negatives=(16, "other actions"))
-    add = parser.add_argument
-    add("--run", type=Path, default=Path("runs/readers"), metavar="DIR", help="of everything")
-    add("--readers", default="embedded,gemma", help="comma-separated, as in readers.py")
-    add("--domains", default="chat", help="comma-separated, from chat, court, podcast")
-    add("--transcripts", type=Path, metavar="DIR", help="where court and podcast are")
-    add("--seed", type=int, default=0, help="of pairs, traces and negatives")
-    args = parser.parse_args(argv)
+    args = readers.parse_args(argv, __doc__, 1, negatives=(16, "other actions"))
     if args.negatives < 4:
         common.fail("--negatives must be 4 or more: the default has 4")
-    encoder, names = common.load_encoder(), args.readers.split(",")
-    work, readings, results = {}, {}, {}
-    for domain in args.domains.split(","):
+    encoder, work, readings, results = common.load_encoder(), {}, {}, {}
+    for domain in args.domains:
         count = args.pairs if domain == "chat" else args.other_pairs
         pairs, found = readers.make_traces(args.run / domain, count, args.seed,
                                            readers.source_of(domain, args.transcripts))
         work[domain] = readers.scoring.prepare_work(encoder, pairs, found, args.negatives, args.seed)
-    for name in names:
-        local = readers.load_reader(name)
+    for name, reader in args.readers.items():
+        local = None
         for domain, items in work.items():
             run = args.run / domain
-            settings = argparse.Namespace(run=run, reader=name, seed=args.seed, negatives=args.negatives,
-                                          dtype=str(local.model.dtype))
+            settings = argparse.Namespace(run=run, reader=reader, seed=args.seed, negatives=args.negatives,
+                                          dtype=common.resolve_dtype("auto"))
             config = common.run_config(settings, [run / "pairs.jsonl", run / "candidates.jsonl"],
                                        ["transcript", "transcript_no_trace", "reconstruction"])
-            output = common.Output(run / common.tagged("variants.jsonl", Path(name).name), Variants, config)
+            output = common.Output(run / common.tagged("variants.jsonl", name), Variants, config)
             for item in tqdm([item for item in items if item.id not in output.rows], f"{name}, {domain}", disable=None):
+                local = local or readers.load_reader(reader)
                 traces = [some.trace for some, leak in zip(item.row.candidates, item.leaks) if not leak.is_leak]
                 control = item.control[1]
                 stopped = common.detect_leaks(encoder, [control.trace], item.pair.action,
@@ -166,9 +156,9 @@ def main(argv: list[str] | None = None) -> None:
             readings[name, domain] = [output.rows[item.id] for item in items]
     for domain, items in work.items():
         conversations = {item.id: item.pair.conversation for item in items}
-        judges = {name: readings[name, domain] for name in names}
-        if len(names) == 2:
-            judges["+".join(names)] = pool(*judges.values())
+        judges = {name: readings[name, domain] for name in args.readers}
+        if len(judges) == 2:
+            judges["+".join(judges)] = pool(*judges.values())
         results[domain] = {judge: summarise(rows, conversations) for judge, rows in judges.items()}
     print(json.dumps(rounded({"machine": speed.machine(), "torch": torch.__version__, "negatives": args.negatives,
                               "seed": args.seed, "domains": results})))

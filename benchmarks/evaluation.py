@@ -1,6 +1,6 @@
 """The large table: the whole loop with all arms and controls on hundreds of pairs, by three judges.
 
-    python benchmarks/evaluation.py                         five hours on two cores, with the embedded model
+    python benchmarks/evaluation.py                         some hours on two cores, with the embedded model
     python benchmarks/evaluation.py --judges encoder,chrf,embedded          the small language model as judge, too
     python benchmarks/evaluation.py --run runs/small --limit 24 --steps 1 --arms none,backward,guarded,recon
                                     --marginal-pairs 4 --marginal-actions 4
@@ -18,6 +18,7 @@ trace summed out: its lower bound by the number of traces K, and the gain over `
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ def rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [rounded(part) for part in value]
     return round(value, 4) if isinstance(value, float) else value
+
+
+def with_interval(values: Sequence[float], clusters: Sequence[str]) -> dict[str, Any]:
+    """The mean and its 95 % interval by cluster."""
+    return {"mean": sum(values) / len(values), "n": len(values), "ci95": common.bootstrap_interval(values, clusters)}
 
 
 def evaluate(run: Path, model: str, versus: str, *acting: str) -> dict[str, Any]:

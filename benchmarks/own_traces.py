@@ -1,12 +1,13 @@
 """Where is the score lost on its way to the actions? The traces that user models write for themselves, read closely.
 
-    python benchmarks/own_traces.py                        ten minutes on two cores, on the run of evaluation.py
+    python benchmarks/own_traces.py                        on the run of evaluation.py
     python benchmarks/own_traces.py --run runs/demo --pairs 4 --arms backward,guarded,recon
 
 A trace that stage 4 chose was written with the action in view; at test time a user model must do without. For each arm,
 over held-out pairs:
 
-    chosen     contrast of the trace that the arm's rule takes from the pair's candidates, nats a token
+    chosen     contrast of the trace that the arm's rule takes from the pair's candidates, nats a token; for shuffled of
+               stage 3's control
     own        contrast of the traces that its user model writes, by the same frozen base; `over_guarded` is the gain
     followed   how much likelier its user model finds its action behind the trace that it came from than behind the
                other traces that it wrote for the same pair, nats a token: 0 if actions do not depend on traces
@@ -29,10 +30,10 @@ from tqdm import tqdm
 
 import common
 from benchmarks import speed
-from benchmarks.evaluation import rounded
+from benchmarks.evaluation import rounded, with_interval
 from common import LocalModel, Pair, Scores
 
-select_sft, evaluate = importlib.import_module("04_select_sft"), importlib.import_module("06_evaluate")
+evaluate = importlib.import_module("06_evaluate")
 ARMS = "backward,guarded,recon,recon-grpo,e2e-grpo,shuffled,longest,worst"
 NEGATIVES = 4
 
@@ -50,11 +51,6 @@ def how_followed(user: LocalModel, pair: Pair, answers: Sequence[tuple[str, str]
     table = torch.tensor([[row.mean().item() for row in behind] for behind in rows])        # [trace, action]
     count = len(answers)
     return ((table.diag() - (table.sum(0) - table.diag()) / (count - 1)).mean()).item()
-
-
-def with_interval(values: dict[str, float], conversations: dict[str, str]) -> dict[str, Any]:
-    return {"mean": sum(values.values()) / len(values), "pairs": len(values),
-            "ci95": common.bootstrap_interval(list(values.values()), [conversations[name] for name in values])}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,17 +75,16 @@ def main(argv: list[str] | None = None) -> None:
     local = common.load_model(args.model, False, "auto")
     values: dict[str, dict[str, dict[str, float]]] = {arm: {"own": {}, "chosen": {}, "followed": {}} for arm in arms}
     for pair in tqdm(pairs, "the base reads", disable=None):
-        texts = {arm: [trace for trace, _ in answers[arm][pair.id]] + ([chosen[arm][pair.id]] if chosen[arm] else [])
-                 for arm in arms}
-        traces = sorted({trace for some in texts.values() for trace in some})
+        own = {arm: [trace for trace, _ in answers[arm][pair.id]] for arm in arms}
+        taken = {arm: chosen[arm][pair.id] for arm in arms if pair.id in chosen[arm]}      # stage 3 may not have it
+        traces = sorted({*sum(own.values(), []), *taken.values()})
         others = common.choose_negatives(pair, test, NEGATIVES, "", "own traces")
         ((scores, _),) = common.likelihood_scores(local, [(pair, traces, others)])
         contrast = {trace: score["contrast"] for trace, score in zip(traces, scores)}
-        for arm, some in texts.items():
-            own = some[:len(answers[arm][pair.id])]
-            values[arm]["own"][pair.id] = sum(contrast[trace] for trace in own) / len(own)
-            if chosen[arm]:
-                values[arm]["chosen"][pair.id] = contrast[some[-1]]
+        for arm in arms:
+            values[arm]["own"][pair.id] = sum(contrast[trace] for trace in own[arm]) / len(own[arm])
+            if arm in taken:
+                values[arm]["chosen"][pair.id] = contrast[taken[arm]]
     for arm in arms:
         user = LocalModel(common.add_adapter(local.model, 0, 0, args.run / "models" / arm, trainable=False),
                           local.tokenizer)
@@ -97,11 +92,10 @@ def main(argv: list[str] | None = None) -> None:
             if (found := how_followed(user, pair, answers[arm][pair.id])) is not None:
                 values[arm]["followed"][pair.id] = found
         local.model = user.model.unload()
-    results = {}
-    for arm, parts in values.items():
-        results[arm] = {name: with_interval(some, conversations) for name, some in parts.items() if some}
-        results[arm]["over_guarded"] = with_interval(
-            {name: value - values["guarded"]["own"][name] for name, value in parts["own"].items()}, conversations)
+    for parts in values.values():
+        parts["over_guarded"] = {name: value - values["guarded"]["own"][name] for name, value in parts["own"].items()}
+    results = {arm: {part: with_interval([*found.values()], [conversations[name] for name in found])
+                     for part, found in parts.items() if found} for arm, parts in values.items()}
     print(json.dumps(rounded({"machine": speed.machine(), "torch": torch.__version__, "model": args.model,
                               "pairs": len(pairs), "arms": results})))
 

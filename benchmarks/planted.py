@@ -59,7 +59,7 @@ import torch
 
 import common
 from benchmarks import speed
-from benchmarks.evaluation import rounded, run_program
+from benchmarks.evaluation import rounded, run_program, with_interval
 from common import Candidate, Candidates, Choice, Pair, Scores, Turn
 
 sampling, select_sft, evaluate = map(
@@ -344,14 +344,10 @@ def write_world(args: argparse.Namespace) -> None:
 # Measuring
 
 
-def share(points: Sequence[float], clusters: Sequence[str]) -> dict[str, Any]:
-    return {"share": sum(points) / len(points), "n": len(points), "ci95": common.bootstrap_interval(points, clusters)}
-
-
 def selected(rows: Sequence[Scores], pairs: dict[str, Pair], score: str) -> dict[str, Any]:
     """Which kind of candidate stage 4 takes as the arm recon."""
     kinds = [row.kinds[select_sft.choose_candidate("recon", row, score)] for row in rows]
-    found = share([kind == "cause" for kind in kinds], [pairs[row.id].conversation for row in rows])
+    found = with_interval([kind == "cause" for kind in kinds], [pairs[row.id].conversation for row in rows])
     return {"cause": found, **{kind: kinds.count(kind) / len(kinds) for kind in KINDS[1:]}}
 
 
@@ -377,7 +373,7 @@ def verdict(text: str, pair: Pair, in_action: bool = False) -> str:
 def count_verdicts(texts: Iterable[tuple[Pair, str]], in_action: bool = False) -> dict[str, Any]:
     rows = [(verdict(text, pair, in_action), pair.conversation) for pair, text in texts]
     counts = Counter(word for word, _ in rows)
-    of = lambda *words: share([word in words for word, _ in rows], [cluster for _, cluster in rows])
+    of = lambda *words: with_interval([word in words for word, _ in rows], [cluster for _, cluster in rows])
     return {"named": of("right", "mixed"), "right": of("right"),
             **{word: counts[word] / len(rows) for word in ("mixed", "shown", "foreign", "none")}}
 
@@ -386,8 +382,8 @@ def followed(answers: Sequence[tuple[Pair, evaluate.Answer]]) -> dict[str, Any] 
     """How often an action follows from a motive that the trace before it names."""
     rows = [(shown_motives(answer.trace, False), shown_motives(answer.action, True), pair.conversation)
             for pair, answer in answers]
-    rows = [row for row in rows if row[0]]
-    return share([bool(named & acted) for named, acted, _ in rows], [cluster for *_, cluster in rows]) if rows else None
+    found = [(bool(named & acted), cluster) for named, acted, cluster in rows if named]
+    return with_interval(*zip(*found)) if found else None
 
 
 def gain(before: Sequence[Candidates], after: Sequence[Candidates], pairs: dict[str, Pair], words: Sequence[str]
@@ -396,8 +392,7 @@ def gain(before: Sequence[Candidates], after: Sequence[Candidates], pairs: dict[
     rights = [{row.id: sum(verdict(some.trace, pairs[row.id]) in words for some in row.candidates)
                / len(row.candidates) for row in rows} for rows in (before, after)]
     points = [rights[1][name] - rights[0][name] for name in rights[0]]
-    return {"mean": sum(points) / len(points),
-            "ci95": common.bootstrap_interval(points, [pairs[name].conversation for name in rights[0]])}
+    return with_interval(points, [pairs[name].conversation for name in rights[0]])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -239,8 +239,10 @@ def summarise(readings: dict[str, list[Scores]], conversations: Conversations) -
     return found
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = speed.make_parser(__doc__, pairs=(300, "of chat"), other_pairs=(60, "of court and of podcast"))
+def parse_args(argv: list[str] | None, doc: str = __doc__, fewest: int = 2, **sizes: tuple[int, str]
+               ) -> argparse.Namespace:
+    """Also of contrast.py, which has a doc and sizes of its own. `readers` becomes {label: name}, `domains` a list."""
+    parser = speed.make_parser(doc, pairs=(300, "of chat"), other_pairs=(60, "of court and of podcast"), **sizes)
     add = parser.add_argument
     add("--run", type=Path, default=Path("runs/readers"), metavar="DIR", help="of everything")
     add("--readers", default="embedded,gemma", help="comma-separated: embedded, gemma, tinyllama or local folders")
@@ -252,8 +254,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.readers = {Path(name).name: name for name in names}
     if unknown := {*args.domains} - {"chat", *TRANSCRIPTS}:
         common.fail(f"--domains: unknown domain {min(unknown)}; choose from chat, court, podcast")
-    if len(args.readers) < max(2, len(names)):
-        common.fail("--readers must name two readers or more, with different names")
+    if len(args.readers) < max(fewest, len(names)):
+        common.fail(f"--readers must name {fewest} or more, with different names")
     return args
 
 

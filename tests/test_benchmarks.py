@@ -118,7 +118,8 @@ def test_the_default_among_the_forms_of_contrast_is_stage_3s_and_others_are_made
 
 
 def test_an_action_follows_its_trace_by_what_other_traces_of_the_same_pair_would_say_of_it(tiny):
-    pair, answers = make_pair(), [("Sam is fond of trains.", "i like trains"), ("Sam is tired.", "good night"), ("x", "")]
+    pair = make_pair()
+    answers = [("Sam is fond of trains.", "i like trains"), ("Sam is tired.", "good night"), ("x", "")]
     logprob = lambda trace, action: evaluate.true_action_logprobs(
         tiny, pair.model_copy(update={"action": action}), [trace])[0] / len(common.encode_data(tiny.tokenizer, action))
     slow = sum(logprob(*answers[k]) - logprob(answers[1 - k][0], answers[k][1]) for k in (0, 1)) / 2
