@@ -29,7 +29,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import PretrainedConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from transformers.initialization import no_init_weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -165,19 +165,21 @@ def config_of(shape: str, layers: int | None = None) -> Qwen3Config:
                        tie_word_embeddings=tied, max_position_embeddings=40960, attn_implementation="sdpa")
 
 
-def bare_model(shape: str, layers: int | None = None) -> Any:
+def bare_model(kind: type[PreTrainedModel], config: PretrainedConfig) -> Any:
     """A model in bfloat16 whose weights are whatever lay in memory."""
     torch.set_default_dtype(torch.bfloat16)
     try:
         with no_init_weights():
-            return Qwen3ForCausalLM(config_of(shape, layers)).requires_grad_(False).eval()
+            model = kind(config)
     finally:
         torch.set_default_dtype(torch.float32)
+    model.tie_weights()
+    return model.requires_grad_(False).eval()
 
 
 def kept_by_a_layer(shape: str, tokens: int = 64) -> float:
     """Bytes a token that one decoder layer with a LoRA adapter keeps for its backward, counted."""
-    model = bare_model(shape, 1)
+    model = bare_model(Qwen3ForCausalLM, config_of(shape, 1))
     model.lm_head, model.model.embed_tokens = torch.nn.Linear(4, 4), torch.nn.Embedding(4, 4)    # only the layer counts
     adapted = common.add_adapter(model, RANK, 0)
     layer, weights = adapted.base_model.model.model.layers[0], {weight.data_ptr() for weight in adapted.parameters()}
@@ -291,20 +293,20 @@ def random_model(shape: str) -> Any:
     """A model on the GPU as load_model gives it: random weights, the linear layers but the last in NF4."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    model = bare_model(shape)
+    model = bare_model(Qwen3ForCausalLM, config_of(shape))
     for module in list(model.model.layers.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, torch.nn.Linear):
                 layer = Linear4bit(child.in_features, child.out_features, bias=False, compute_dtype=torch.bfloat16,
                                    compress_statistics=True, quant_type="nf4")
-                weight = torch.empty(child.weight.shape, dtype=torch.bfloat16).normal_(std=0.02)
+                weight = torch.empty(child.weight.shape, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
                 layer.weight = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4")
                 setattr(module, name, layer.cuda())
-    for name, weight in model.named_parameters():
+    for name, weight in model.cuda().named_parameters():
         if weight.is_floating_point():
             torch.nn.init.ones_(weight) if "norm" in name else torch.nn.init.normal_(weight, std=0.02)
     model.is_loaded_in_4bit = True
-    return model.cuda().eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import http.server
 import importlib
 import json
+import os
 import random
 import shutil
 import sys
@@ -10,6 +11,7 @@ import threading
 from argparse import Namespace
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                            # many tests ask for equal bits, as only a CPU gives
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

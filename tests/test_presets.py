@@ -1,37 +1,20 @@
 """run.sh's presets, without a GPU: what each stage is told, and that it understands it."""
 
 import importlib
-import shutil
-import subprocess
 
 import pytest
 import torch
-from conftest import ROOT
+from transformers import LlamaForCausalLM
 
 import common
-
-# In place of Python: the version check and the installation pass, and a stage prints what it was told.
-ECHO = '#!/bin/sh\ncase "$1" in -*) ;; *) echo "TOLD $@" ;; esac\n'
-
-
-def commands(tmp_path, *arguments) -> list[list[str]]:
-    """The words of every stage that `bash run.sh ARGUMENTS` starts."""
-    for name in ("run.sh", "requirements.txt"):
-        shutil.copy(ROOT / name, tmp_path)
-    python = tmp_path / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(ECHO)
-    python.chmod(0o755)
-    shutil.copy(ROOT / "requirements.txt", tmp_path / ".venv" / "installed.txt")
-    done = subprocess.run(["bash", str(tmp_path / "run.sh"), *arguments], capture_output=True, text=True, check=True)
-    return [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("TOLD")]
+from benchmarks import memory, preset
 
 
 @pytest.mark.parametrize("arguments, pairs_of_the_longest", [([], 0), (["--gpu"], 4), (["--gpu", "4b"], 2)])
 def test_every_stage_understands_its_preset_and_its_batches_hold_many_chats_but_few_long_pairs(
         tmp_path, arguments, pairs_of_the_longest):
     told = {}
-    for script, *settings in commands(tmp_path, *arguments):
+    for script, *settings in preset.commands(tmp_path, *arguments):
         args = importlib.import_module(script.removesuffix(".py")).parse_args(settings)
         told.setdefault(script[:2], args)
     assert list(told) == ["01", "02", "03", "04", "05", "06"]
@@ -56,3 +39,17 @@ def test_a_gpu_that_does_not_compute_in_bfloat16_gets_float16(monkeypatch, moder
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: modern or including_emulation)
     assert common.resolve_dtype("auto") == dtype
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_grown_model_computes_what_the_small_one_does(tiny, numbers, monkeypatch, tied):
+    """Wider, deeper, with more heads and words: logits agree up to the rounding of bfloat16."""
+    monkeypatch.setitem(memory.SHAPES, "grown", (96, 160, 4, 24, tied, len(tiny.tokenizer) + 50))
+    small = tiny.model.to(torch.bfloat16).float()
+    if tied:
+        small.lm_head.weight = small.model.embed_tokens.weight
+    ids = torch.tensor([[numbers.randrange(len(tiny.tokenizer)) for _ in range(40)]])
+    large = preset.grow(small, "grown").float()
+    assert isinstance(large, LlamaForCausalLM) and large.num_parameters() > 10 * small.num_parameters()
+    with torch.no_grad():
+        assert torch.allclose(large(ids).logits[..., :len(tiny.tokenizer)], small(ids).logits, atol=0.05)
