@@ -7,8 +7,8 @@ A small Llama is laid into a large one of zeros that computes the same function.
 rewards are the small model's, and memory and time the large one's: every stage does the work that it would do with the
 real weights. Only --limit and --steps of the preset are lowered. It says nothing about quality. Needs a GPU for what it
 measures, 30 GB of disk, and memory for one model in 16 bits; `--gib` holds every stage to so much of the card's memory.
-It prints each stage's seconds, loading included, and the most memory that the card had in use (nvidia-smi, every second:
-what torch keeps for later is in it); one JSON object last.
+It prints each stage's seconds, loading included, and the most memory that the card had in use (by nvidia-smi, every
+second: what torch keeps for later is in it); one JSON object last.
 """
 
 import json
