@@ -24,8 +24,8 @@ How to run it:
 
 Departures from the paper: its training settings are not public; these are common ones for LoRA. One model serves all
 people of the run, told apart by their id in the prompt. Every arm but backward takes a trace that the leak detector
-stopped only if all of a pair's candidates were; then it is the one that gives least away. All arms train on the same
-pairs in the same order.
+stopped only if all of a pair's traces with a score were; then it is the one that gives least away. All arms train on
+the same pairs in the same order.
 """
 
 import argparse
@@ -52,7 +52,11 @@ Example = tuple[list[int], list[int]]          # (prompt ids, completion ids)
 
 
 def choose_candidate(arm: str, row: Scores, score: str) -> int:
-    """Which candidate an arm takes, of those that leak least; ties, to within TIE_TOLERANCE, go to the earlier one."""
+    """Which candidate an arm takes; ties, to within TIE_TOLERANCE, go to the earlier one.
+
+    Leaks stand back: a candidate that the leak detector stopped is taken only if all that have the score were stopped,
+    and then the one that gives away least. The arm backward alone takes its first candidate, whatever it is.
+    """
     scored = [k for k, some in enumerate(row.candidates)
               if some.scores.get(score) is not None or arm in ("guarded", "longest")]
     severity = {k: common.leak_severity(row.candidates[k]) for k in scored}

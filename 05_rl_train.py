@@ -71,11 +71,15 @@ class Measured:
 
 
 def reward_of(seen: Measured, args: argparse.Namespace) -> float:
-    """The reward of a completion by --reward. What a faulty one may gain by it: see is_faulty and group_advantages.
+    """The reward of a completion, by --reward; `seen` is from Policy.measure. A faulty one gains none by it: see
+    is_faulty and group_advantages.
 
-      contrast     minus a part of paraphrase, which explains some of contrast, minus a cost if it met the token limit
-      likelihood   recon: naive, with a penalty on quoted 4-grams, kept for comparison; e2e: as it is
-      cosine       of the action behind the trace and the true action
+      contrast     how much likelier its trace makes the true action, as the frozen base reads it, than it makes
+                   actions of other conversations; minus a part of paraphrase, which explains some of contrast, minus
+                   a cost if it met the token limit
+      likelihood   how much likelier its trace makes the true action; recon: naive, with a penalty on quoted 4-grams,
+                   kept for comparison; e2e: as it is, as `leak` is 0 there
+      cosine       e2e: of the action behind the trace and the true action
     """
     if args.reward == "contrast":
         return seen.contrast - args.paraphrase_weight * seen.paraphrase - args.limit_cost * seen.unfinished

@@ -805,8 +805,12 @@ def reconstruction_prompt(pair: Pair, trace: str | None) -> Prompt:
     return with_trace("reconstruction", trace, context=format_scene(pair))
 
 def user_prompt(pair: Pair, thinking: bool) -> Prompt:
-    """What the user model is told. With `thinking`, in all arms but none, it ends in an opened think block, for the
-    trace to follow. A long id of a person is hashed: it would cost tokens in every prompt."""
+    """What the user model is told, in fitting, in E2E-GRPO and when it acts: PROMPTS["user_model"] with who it is and
+    the scene (the setting, then 'Name: text' lines, the person called Sam); never the action.
+
+    With `thinking`, in all arms but none, it ends in an opened think block, and what follows is trace, closing tag and
+    action; else the action alone. A long id of a person is hashed: it would cost tokens in every prompt.
+    """
     user = pair.user if len(pair.user) <= 24 else hash_of(pair.user)[:8]
     return Prompt("user_model", {"user": user, "context": format_scene(pair)}, thinking)
 
