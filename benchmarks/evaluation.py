@@ -7,8 +7,8 @@
                                                             ten minutes, to see it work
 
     out    RUN/               what the stages make of it, run as programs, so it goes on where it was stopped
-           RUN/marginal/      the same user models on the first --marginal-pairs held-out pairs, --marginal-actions
-                              traces each, sampled without truncation
+           RUN/marginal/      user models without the arms longest and worst on the first --marginal-pairs held-out
+                              pairs, --marginal-actions traces each, sampled without truncation
 
 Prints one JSON object last. By judge: results.json with every arm compared with `backward` and with `guarded`, ties as
 half a win, 95 % intervals by conversation. `marginal` is the third judge, the likelihood of the true action with the
@@ -16,6 +16,7 @@ trace summed out: its lower bound by the number of traces K, and the gain over `
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -75,12 +76,14 @@ def evaluate(run: Path, model: str, versus: str, *acting: str) -> dict[str, Any]
 
 
 def make_marginal_run(run: Path) -> Path:
-    """RUN/marginal: links to the pairs and user models of RUN, for answers of its own."""
+    """RUN/marginal: links to the pairs and most user models of RUN, for answers of its own."""
     place = run / "marginal"
-    place.mkdir(exist_ok=True)
-    for name in ("pairs.jsonl", "pairs.jsonl.config.json", "traces", "models"):
+    (place / "models").mkdir(parents=True, exist_ok=True)
+    models = (path.relative_to(run) for path in (run / "models").iterdir()
+              if path.name.partition(".")[0] not in ("longest", "worst"))
+    for name in (Path("pairs.jsonl"), Path("pairs.jsonl.config.json"), Path("traces"), *models):
         if not (place / name).is_symlink():
-            (place / name).symlink_to(Path("..") / name)
+            (place / name).symlink_to(os.path.relpath(run / name, (place / name).parent))
     return place
 
 
