@@ -132,18 +132,18 @@ def main(argv: list[str] | None = None) -> None:
     if args.gib:
         share = args.gib * memory.GIB / torch.cuda.get_device_properties(0).total_memory
         environment["PYTORCH_CUDA_ALLOC_CONF"] = f"per_process_memory_fraction:{share:.4f}"
-    names = {f"Qwen/Qwen3-{args.size.upper()}": f"qwen3-{args.size}", "microsoft/Phi-4-mini-instruct": "phi-4-mini"}
-    changed = {name: str(args.models / shape) for name, shape in names.items()}
-    for shape in names.values():
+    shapes = {"--model": f"qwen3-{args.size}", "--judge": "phi-4-mini"}
+    for shape in shapes.values():
         if not (args.models / shape / "model.safetensors.index.json").is_file():
             grow(small, shape).save_pretrained(args.models / shape)
             common.load_tokenizer("embedded").save_pretrained(args.models / shape)
     with tempfile.TemporaryDirectory() as folder:
         stages = commands(Path(folder), "--gpu", *([args.size] if args.size != "8b" else []))
-    changed |= {"600": str(args.pairs), "100": str(args.steps), stages[0][stages[0].index("--run") + 1]: str(args.run)}
+    changed = {"--limit": str(args.pairs), "--steps": str(args.steps), "--run": str(args.run),
+               **{option: str(args.models / shape) for option, shape in shapes.items()}}
     found = []
     for told in stages:
-        told = [changed.get(word, word) for word in told]
+        told = [changed.get(option, word) for option, word in zip(["", *told], told)]
         meter, started = CardMeter(), time.monotonic()
         meter.start()
         subprocess.run([sys.executable, *told], cwd=ROOT, env=environment, check=True)
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
         found.append({"stage": " ".join([told[0], *(word for word in told if word in ("grpo", "e2e"))]),
                       "seconds": round(time.monotonic() - started, 1), "card_gib": round(meter.peak, 1)})
         print(json.dumps(found[-1]), flush=True)
-    costs = [json.loads(line) for line in (args.run / "costs.jsonl").read_text(encoding="utf-8").splitlines()]
+    costs = [row.model_dump() for row in common.read_rows(args.run / "costs.jsonl", common.Cost)]
     print(json.dumps({"device": speed.machine(), "torch": torch.__version__, "size": args.size, "pairs": args.pairs,
                       "steps": args.steps, "gib": args.gib, "stages": found, "costs": costs}))
 
