@@ -1,6 +1,6 @@
 """The whole loop in a world where the truth is known: is the cause found, and what does it teach?
 
-    python benchmarks/planted.py                                        an hour and a half on two cores
+    python benchmarks/planted.py                                        two hours and a half on two cores
     python benchmarks/planted.py --writer base                          GRPO of a writer that has seen no such trace
     python benchmarks/planted.py --run runs/small --pairs 1 --test-pairs 1 --steps 1 --num-prompts 2
                                                                         five minutes, to see it work
@@ -437,13 +437,13 @@ def run_stages(args: argparse.Namespace) -> None:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = speed.make_parser(
         __doc__, pairs=(12, "of each motive, for training and validation"), test_pairs=(6, "of each motive, held out"),
-        steps=(80, "of GRPO"), num_prompts=(4, "a step"), num_generations=(8, "traces a prompt in GRPO"),
+        steps=(240, "of GRPO"), num_prompts=(4, "a step"), num_generations=(8, "traces a prompt in GRPO"),
         val_every=(20, "steps between looks at validation pairs"), num_traces=(4, "sampled for each held-out pair"))
     add = parser.add_argument
     add("--run", type=Path, default=Path("runs/planted"), metavar="DIR", help="of everything")
     add("--model", default="embedded", metavar="NAME", help="as in the stages")
     add("--seed", type=int, default=0, help="of the world and of the stages")
-    add("--lr", type=common.positive_float, default=1e-4, help="of GRPO")
+    add("--lr", type=common.positive_float, default=2e-4, help="of GRPO")
     add("--writer", choices=("fitted", "base"), default="fitted", help="what GRPO starts from; see above")
     add("--score", choices=SCORES, default="contrast", help="what the arm recon is chosen by")
     return parser.parse_args(argv)
