@@ -303,7 +303,8 @@ def run_config(args: argparse.Namespace, inputs: Sequence[Path] = (), prompts: S
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
                  if key not in (*NOT_SETTINGS, *ignore)}
     return json.loads(json.dumps({
-        "arguments": arguments, "words": hash_of([PROMPTS[name] for name in prompts], SCENE, LEXICON),
+        "arguments": arguments, "words": hash_of(
+            [PROMPTS[name] for name in prompts], PERSON, OTHERS, SETTING, SCENE, THINK, END_THINK, LEXICON),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
         "inputs": {os.path.relpath(path, args.run): file_hash(path) for path in inputs},
@@ -579,7 +580,7 @@ def check_adapter(folder: Path, model: str) -> None:
         fail(f"{folder} was fitted on --model {fitted_on}, not on {model}; pass --model {fitted_on}")
 
 def add_adapter(model: Any, rank: int, seed: int, start_from: Path | None = None, trainable: bool = True) -> Any:
-    """Put a float32 LoRA adapter on all linear layers of the frozen base, new or from a saved one.
+    """Put a LoRA adapter, float32 if it is trained, on all linear layers of the frozen base, new or from a saved one.
 
     The base stays in eval mode: dropout would make rewards and log-probs disagree. `.unload()` gives the bare base
     back; nothing is merged into it, which in 4 bits would round the adapter away.
@@ -617,7 +618,7 @@ def load_encoder(name: str = "embedded") -> tuple[Any, Any]:
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 @torch.inference_mode()
-def embed(encoder: tuple[Any, Any], texts: Sequence[str], batch: int = 64) -> torch.Tensor:
+def embed(encoder: tuple[Any, Any], texts: Sequence[str]) -> torch.Tensor:
     """Unit-length embeddings [len(texts), dim], float32: the mean over the tokens of each text.
 
     A text longer than the encoder's window is read in several windows, so that no end is cut off unseen.
@@ -626,8 +627,8 @@ def embed(encoder: tuple[Any, Any], texts: Sequence[str], batch: int = 64) -> to
     sums = torch.zeros(len(texts), model.config.hidden_size)
     windows = tokenizer(list(texts), truncation=True, max_length=min(tokenizer.model_max_length, 256),
                         return_overflowing_tokens=True) if texts else {"input_ids": []}
-    for start in range(0, len(windows["input_ids"]), batch):
-        part = slice(start, start + batch)
+    for start in range(0, len(windows["input_ids"]), 64):
+        part = slice(start, start + 64)
         inputs = tokenizer.pad({"input_ids": windows["input_ids"][part]}, return_tensors="pt").to(model.device)
         hidden = model(**inputs).last_hidden_state.float()         # [b, t, dim]
         pooled = (hidden * inputs["attention_mask"].unsqueeze(-1)).sum(1)
@@ -641,7 +642,8 @@ def cosines(encoder: tuple[Any, Any], truths: Sequence[str], texts: Sequence[str
     return [(vectors[truth] @ vectors[text]).item() if text else -1.0 for truth, text in zip(truths, texts)]
 
 # ----------------------------------------------------------------------------------------------------------------------
-# PROMPTS and LEXICON: edit these to fork. Every word that a model is told stands here, and every word that is matched.
+# PROMPTS and LEXICON: edit these to fork. What a model is told stands here, and what is matched; only how guesses are
+# listed and rated, and how a judge's answer is read, stands in stages 3 and 6.
 
 # The modelled person is always Sam and the others take the next names: short, neutral, one token each. Only the user
 # model is told an id as well, to tell apart the people who share it.
@@ -730,7 +732,7 @@ PROMPTS = {
 }
 
 # What the leak detector and the check of a trace's form know of the language, here English. An empty entry switches its
-# check off. It is for languages that put spaces between words.
+# check off (without function_words every word has content). It is for languages that put spaces between words.
 LEXICON = {
     # Words without content: naming one gives nothing of the action away.
     "function_words": """a about after all also am an and any are as at be because been before being but by can could

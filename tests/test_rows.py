@@ -85,6 +85,10 @@ def test_a_config_changes_with_arguments_inputs_and_words_but_not_with_the_folde
         with monkeypatch.context() as patch:
             patch.setitem(words, entry, [("user", "{context}")])
             assert (make() == first) == (entry == "judge")         # which this output is not made with
+    for name in ("PERSON", "OTHERS", "SETTING", "SCENE", "THINK", "END_THINK"):
+        with monkeypatch.context() as patch:
+            patch.setattr(common, name, "another")
+            assert make() != first, name
     common.write_file(output := tmp_path / "out.jsonl", "", first)
     common.check_made_from(output, source, "02")
     source.write_text('{"id": 1}\n')
