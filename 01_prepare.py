@@ -475,6 +475,8 @@ def parse_args(argv: list[str] | None):
     add("--val-share", type=common.fraction, default=0.05, help="for validation")
     add("--test-share", type=common.fraction, default=0.72, help="for test")
     args = parser.parse_args(argv)
+    if args.show_prompt:
+        fail("stage 1 asks no model; --show-prompt is for the stages behind it")
     if not (args.val_share > 0 and args.test_share > 0 and args.val_share + args.test_share < 1):
         fail("--val-share and --test-share must be positive and leave something for train")
     domain = DOMAINS[args.domain] if args.domain else Domain(args.source or "chitchat")

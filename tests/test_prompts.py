@@ -94,3 +94,6 @@ def test_show_prompt_prints_what_a_model_is_told_and_makes_nothing(tmp_path, tin
     run_stages(stage, tmp_path, tiny_folder, sampling, "03_reconstruct_score --show-prompt")
     told = capsys.readouterr().out
     assert "Alex: it took all day\n\nWhat goes on in Sam:" in told and not (tmp_path / "scores.jsonl").exists()
+    with pytest.raises(SystemExit):
+        stage("01_prepare").main(["--show-prompt"])
+    assert "asks no model" in capsys.readouterr().err
