@@ -8,14 +8,16 @@ A few seconds; no model is loaded, only the tokenizer that counts the prompts' o
 A call is one completion or one judgement, as the paper counts: 2N + 1 a pair for sampling, reconstructing and judging.
 `read` is what prompts hold and a server bills. `computed` counts once what the completions of one prompt share, as
 common.generate does and a server with prefix caching: time goes by it. A training example is computed three times:
-forward, backward, and forward again for checkpointing. Settings are the stages' defaults unless given, lengths those of
-the embedded run (44 pairs, mean tokens by SmolLM2's tokenizer).
+forward, backward, and forward again for checkpointing. GRPO's settings and the judge are those of the GPU preset, all
+else is the stages' defaults unless given; lengths are those of the embedded run (44 pairs, mean tokens by SmolLM2's
+tokenizer).
 
 It is an estimate. It leaves out the encoder, loading, questions asked again, and what a whole batch of prompts shares,
 and takes the arm `none` for one with traces. `judging` is what a language model as stage 6's judge would be asked.
 """
 
 import argparse
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -26,9 +28,10 @@ import common
 from benchmarks import speed
 from common import fraction, positive_float, positive_int
 
+select_sft, evaluate = map(importlib.import_module, ("04_select_sft", "06_evaluate"))
+
 # What the judge of stage 3 answers, and what stands around each guess that it is shown.
 RATING, GUESS = '"1":{"style":0,"intent":0,"values":0},', "Guess 1: \n"
-RECONSTRUCTED_ARMS = 9                                     # in stage 6: all of stage 4, and recon-grpo
 HELD_OUT_TRACES = 4                                        # of a pair, each time that stage 5 validates
 
 
@@ -78,7 +81,8 @@ def costs(args: argparse.Namespace, tokenizer: Any) -> list[dict]:
             score("03" + tag, "likelihoods", pairs, n + 1, args.negatives)
 
     candidates("", True)
-    part("04", "fitting", args.arms * fitted, user + t + close + a, passes=3)
+    arms = args.arms.split(",")
+    part("04", "fitting", len(arms) * fitted, user + t + close + a, passes=3)
     if args.steps:
         steps, validated = args.steps * args.num_prompts, pairs * (1 - args.train_share - args.test_share)
         looks = validated * (args.steps // args.val_every + 1)
@@ -90,17 +94,20 @@ def costs(args: argparse.Namespace, tokenizer: Any) -> list[dict]:
             score(stage, "scores for validation", looks, HELD_OUT_TRACES, negatives)
         candidates(" grpo", False)
         part("04 grpo", "fitting", fitted, user + t + close + a, passes=3)
-    arms = args.arms + 2 * bool(args.steps)
-    part("06", "answers", test * arms, user, args.num_actions, 0, t + close + a)
-    part("06", "likelihoods", test * arms, user, args.num_actions, t + close + a)
-    part("06", "judging", test * (arms + RECONSTRUCTED_ARMS - 2), words["comparison"] + c + a, 2, 2 * a, 1, server=True)
+    trained = ["recon-grpo", "e2e-grpo"] if args.steps else []
+    part("06", "answers", test * len(arms + trained), user, args.num_actions, 0, t + close + a)
+    part("06", "likelihoods", test * len(arms + trained), user, args.num_actions, t + close + a)
+    rebuilt = [arm for arm in select_sft.ARMS if arm != "judged" or arm in arms] + trained[:1]
+    compared = sum(len(evaluate.choose_comparisons(some, "backward", args.round_robin))
+                   for some in (arms + trained, rebuilt))
+    part("06", "judging", test, words["comparison"] + c + a, 2 * compared, 2 * a, 1, server=True)
     return rows
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = speed.make_parser(
         __doc__, num_samples=(4, "candidates a pair"), negatives=(4, "other actions in stage 3"),
-        arms=(4, "of stage 4"), epochs=(2, "of a fit"), num_prompts=(8, "a GRPO step"),
+        epochs=(2, "of a fit"), num_prompts=(8, "a GRPO step"),
         num_generations=(8, "completions a prompt in GRPO"),
         val_every=(10, "GRPO steps between looks at held-out pairs"),
         num_actions=(1, "answers a held-out pair in stage 6"),
@@ -110,8 +117,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--pairs", type=positive_int, required=True, help="of all splits")
     add("--model", default="embedded", help="whose tokenizer counts")
     add("--scorers", default="likelihood,embedding,judge", help="as in stage 3")
-    add("--train-share", type=fraction, default=0.35, help="of the pairs")
-    add("--test-share", type=fraction, default=0.55, help="of the pairs; the rest is for validation")
+    add("--arms", default="none,backward,guarded,recon", help="as in stage 4")
+    add("--round-robin", action="store_true", help="as in stage 6")
+    add("--train-share", type=fraction, default=0.23, help="of the pairs")
+    add("--test-share", type=fraction, default=0.72, help="of the pairs; the rest is for validation")
     add("--steps", type=int, default=100, help="of GRPO, for each objective; 0 leaves stage 5 out")
     add("--tokens-per-second", type=positive_float, nargs=2, metavar=("READ", "WRITE"), help="that the model does")
     add("--price", type=positive_float, nargs=2, metavar=("READ", "WRITE"),
