@@ -44,8 +44,8 @@ def parse_args(argv: list[str] | None):
     parser = common.stage_arguments(__doc__)
     add = parser.add_argument_group("sampling").add_argument
     add("--num-samples", **common.COUNT, default=4, help="traces a pair")
-    add("--held-out", **common.COUNT, help="pairs of val and test, at most, that get traces too; only the report shows "
-        "them (unset: all)")
+    add("--held-out", **common.COUNT, help="pairs of val and test, at most, that get traces too; only the report and "
+        "the reconstructions of stage 6 need them (unset: all)")
     add("--max-trace-tokens", **common.COUNT, default=48, help="tokens in a trace, at most")
     add("--temperature", type=common.number_type(float, 0, 10), default=1.0, help="0 is greedy")
     add("--min-p", type=common.fraction, default=0.1, help="leave out tokens less likely than this times the likeliest")

@@ -32,7 +32,6 @@ import argparse
 import math
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch

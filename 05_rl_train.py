@@ -283,8 +283,8 @@ def mean_of(rows: Sequence[Measured]) -> dict[str, float | None]:
             for field in dataclasses.fields(Measured)}
 
 
-def validate(policy: Policy, pairs: Sequence[Pair], pool: Sequence[Pair], count: int = 4) -> dict[str, float | None]:
-    """Means over `count` completions of each held-out pair, sampled as the policy is used, always with the same noise.
+def validate(policy: Policy, pairs: Sequence[Pair], pool: Sequence[Pair]) -> dict[str, float | None]:
+    """Means over 4 completions of each held-out pair, sampled as the policy is used, always with the same noise.
 
     Scores are those of the completions without a fault, the only ones that the loop uses; a leak has a high score
     because it hands the action over. is_leak, malformed, unfinished and tokens are over all.
@@ -294,7 +294,7 @@ def validate(policy: Policy, pairs: Sequence[Pair], pool: Sequence[Pair], count:
     batches = [pairs[start:start + args.num_prompts] for start in range(0, len(pairs), args.num_prompts)]
     others = {pair.id: common.choose_negatives(pair, pool, args.negatives, "", args.seed) for pair in pairs}
     work = lambda batch: policy.measure([(pair, found, others[pair.id]) for pair, found in zip(
-        batch, policy.rollout(batch, count, "validation"))])
+        batch, policy.rollout(batch, 4, "validation"))])
     rows = [row for groups in common.run_batches(work, batches, "validating") for group in groups for row in group]
     over_all, passing = mean_of(rows), mean_of([row for row in rows if not (row.is_leak or row.malformed)])
     return passing | {key: over_all[key] for key in ("is_leak", "malformed", "unfinished", "tokens")}
@@ -400,7 +400,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--negatives", **common.COUNT, default=3, help="other actions for the score contrast")
     add("--paraphrase-weight", type=common.fraction, default=0.1, help="what a whole paraphrase costs, nats a token; "
         "with --reward likelihood what quoting all 4-grams costs")
-    add("--limit-cost", type=common.fraction, default=0.05, help="what running to the token limit costs, nats a token")
+    add("--limit-cost", type=common.fraction, default=0.05, help="what running to the token limit costs, nats a token; "
+        "with --reward contrast")
     add("--encoder", default="embedded", metavar="NAME", help="sentence encoder of the leak detector and the cosine")
     add = parser.add_argument_group("GRPO").add_argument
     add("--steps", **common.COUNT, default=6, help="optimizer steps; 80 and more teach something")

@@ -31,7 +31,6 @@ import argparse
 import importlib
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence

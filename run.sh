@@ -25,7 +25,7 @@ if [ "${1:-}" = test ]; then
 fi
 
 run="" prepare="" score="" fit="" train="" e2e="--val-every 6" act=""
-sample="--held-out 12"                                           # the demo: otherwise every stage's defaults
+sample="--held-out 12"                                           # the demo: all else is every stage's default
 case "${1:-}" in
     --dtype) run="--run runs/demo-float32 --dtype float32" ;;
     --gpu)

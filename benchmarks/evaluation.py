@@ -38,7 +38,7 @@ LIKELIHOOD = ("action_logprob", "action_logprob_by_k", "action_logprob_gain", "a
 
 def stages(limit: int = 44, val_share: float = 0.05, test_share: float = 0.72,
            arms: str = "none,backward,guarded,recon", steps: int = 6, num_prompts: int = 2, num_generations: int = 4,
-           acting: tuple[str, ...] = (), sampling: tuple[str, ...] = (), e2e: tuple[str, ...] = (),
+           sampling: tuple[str, ...] = (), e2e: tuple[str, ...] = (),
            fitting: tuple[str, ...] = (), training: tuple[str, ...] = ()) -> list[list[str]]:
     """The commands of the whole loop, in order; the defaults are those of the stages."""
     grpo = ["--steps", str(steps), "--num-prompts", str(num_prompts), "--num-generations", str(num_generations),
@@ -48,7 +48,7 @@ def stages(limit: int = 44, val_share: float = 0.05, test_share: float = 0.72,
             ["04_select_sft.py", "--arms", arms, *fitting], ["05_rl_train.py", *grpo],
             ["02_sample_candidates.py", "--tag", "grpo"], ["03_reconstruct_score.py", "--tag", "grpo"],
             ["04_select_sft.py", "--tag", "grpo"], ["05_rl_train.py", "--objective", "e2e", *grpo, *e2e],
-            ["06_evaluate.py", *acting]]
+            ["06_evaluate.py"]]
 
 
 def run_program(name: str, *arguments: str) -> None:

@@ -15,13 +15,11 @@ over held-out pairs:
 All with 95 % intervals by conversation. Prints one JSON object last.
 """
 
-import argparse
 import importlib
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 

@@ -11,8 +11,6 @@ Each person opens human.html, judges, and downloads a file of labels. --labels c
 with one another and prints one JSON object last: agreement and Cohen's kappa (agreement beyond chance; the mean over
 people), each with a 95 % interval by conversation, over a, b and tie, and where both sides `decided`. Labels on
 messages that have changed since count as `outdated`, those that the judge has no verdict on as `not_judged`: left out.
-
-Needs scikit-learn besides requirements.txt: pip install scikit-learn==1.9.1
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Where the time of every stage goes: the whole loop on a fresh run folder, with the functions of each stage timed.
 
-    python benchmarks/profiling.py                              the demo: 20 minutes on two cores
+    python benchmarks/profiling.py                              the demo: ten minutes on two cores
     python benchmarks/profiling.py --limit 24 --steps 1         some minutes, to see it work
 
 Each stage runs unchanged in a process of its own, in which the functions below are wrapped. Seconds are exclusive: time

@@ -13,8 +13,8 @@
 
 Pairs of all splits are used, for nothing is learnt here. Each has 4 candidate traces, a trace of another conversation's
 pair as control, what the leak detector says of them, and 4 actions of other conversations for contrast, chosen as stage
-3 chooses them. Readers: embedded (SmolLM2-135M, which also wrote the traces), gemma (Gemma 3 270M, of another family),
-tinyllama (TinyLlama-1.1B-Chat), or a local folder. Prints one JSON object last; for each domain:
+3 chooses them. Readers: embedded (SmolLM2-135M, which also wrote the traces), embedded-float32, gemma (Gemma 3 270M, of
+another family), tinyllama (TinyLlama-1.1B-Chat), or a local folder. Prints one JSON object last; for each domain:
 
     correlation   of a score by two readers within pairs, and `partial`: with paraphrase and length held fixed;
                   `same_choice`: in how many pairs both choose the same passing trace
@@ -245,7 +245,8 @@ def parse_args(argv: list[str] | None, doc: str = __doc__, fewest: int = 2, **si
     parser = speed.make_parser(doc, pairs=(300, "of chat"), other_pairs=(60, "of court and of podcast"), **sizes)
     add = parser.add_argument
     add("--run", type=Path, default=Path("runs/readers"), metavar="DIR", help="of everything")
-    add("--readers", default="embedded,gemma", help="comma-separated: embedded, gemma, tinyllama or local folders")
+    add("--readers", default="embedded,gemma", help="comma-separated: embedded, embedded-float32, gemma, "
+        "tinyllama or local folders")
     add("--domains", default="chat", help="comma-separated, from chat, court, podcast")
     add("--transcripts", type=Path, metavar="DIR", help="where court and podcast are")
     add("--seed", type=int, default=0, help="of pairs, traces and negatives")

@@ -70,11 +70,11 @@ def race(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]
     return best
 
 
-def matrix_rate(dtype: torch.dtype, rounds: int = 8) -> float:
+def matrix_rate(dtype: torch.dtype) -> float:
     """Floating-point operations a second of a large matrix product on this machine."""
     device, size = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 2048)
     a, b = torch.randn(2, size, size, device=device).to(dtype)
-    return 2 * size**3 / race({"product": lambda: torch.mm(a, b)}, rounds)["product"]
+    return 2 * size**3 / race({"product": lambda: torch.mm(a, b)}, 8)["product"]
 
 
 def race_sampling(local: common.LocalModel, prompts: list[list[int]], args: argparse.Namespace) -> dict[str, Any]:

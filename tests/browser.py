@@ -1,6 +1,5 @@
 """A real browser for the tests of the pages."""
 
-import base64
 import json
 import os
 import select
@@ -84,13 +83,6 @@ class Browser:
                            userGesture=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
-
-    def screenshot(self, path: Path, height: int = 0) -> None:
-        """A PNG of the whole page, or of its uppermost `height` pixels at twice the resolution."""
-        width = self.value("document.documentElement.clientWidth")
-        clip = {"clip": {"x": 0, "y": 0, "width": width, "height": height, "scale": 2}} if height else {}
-        found = self.call("Page.captureScreenshot", captureBeyondViewport=True, **clip)
-        path.write_bytes(base64.b64decode(found["data"]))
 
     def close(self) -> None:
         self.process.terminate()

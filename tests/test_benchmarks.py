@@ -128,7 +128,7 @@ def test_an_action_follows_its_trace_by_what_other_traces_of_the_same_pair_would
 
 
 def test_the_commands_of_the_whole_loop_are_understood_by_the_stages(stage):
-    for script, *settings in evaluation.stages(acting=("--num-actions", "4", "--judge", "encoder")):
+    for script, *settings in evaluation.stages():
         assert stage(script.removesuffix(".py")).parse_args(settings)
 
 
