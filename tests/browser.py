@@ -58,6 +58,9 @@ class Browser:
         return answer["result"]
 
     def load(self, method: str, **parameters: Any) -> None:
+        # The page before may still be loading on a busy machine: its event must not be taken for that of the next one.
+        self.value("document.readyState == 'complete' || "
+                   "new Promise(done => addEventListener('load', () => setTimeout(done)))")
         self.console.clear()
         self.call(method, **parameters)
         while self.receive().get("method") != "Page.loadEventFired":
