@@ -1,6 +1,6 @@
 """The whole loop in a world where the truth is known: is the cause found, and what does it teach?
 
-    python benchmarks/planted.py                                        two hours and a half on two cores
+    python benchmarks/planted.py                                        about two hours on one core
     python benchmarks/planted.py --writer base                          GRPO of a writer that has seen no such trace
     python benchmarks/planted.py --run runs/small --pairs 1 --test-pairs 1 --steps 1 --num-prompts 2
                                                                         five minutes, to see it work
