@@ -330,7 +330,8 @@ def write_world(args: argparse.Namespace) -> None:
     held_out, train = ([pair for pair in pairs if pair.split == split] for split in ("test", "train"))
     settings = {"arguments": {key: getattr(args, key) for key in ("pairs", "test_pairs", "seed")},
                 "world": common.hash_of(pairs, rows)}
-    as_sampled = sampling.parse_args(["--run", str(args.run), "--model", args.model, "--seed", str(args.seed)])
+    as_sampled = sampling.parse_args(["--run", str(args.run), "--model", args.model, "--seed", str(args.seed),
+                                      "--max-trace-tokens", str(args.max_trace_tokens)])
     for name, some in (("pairs.jsonl", pairs), ("candidates.jsonl", rows),
                        ("sampled/pairs.jsonl", held_out + train[:len(held_out)])):
         config = settings
@@ -418,7 +419,8 @@ def fit_writer(args: argparse.Namespace) -> None:
 def run_stages(args: argparse.Namespace) -> None:
     """Stages 3 to 6, and stage 2 with the base, the writer and the trained synthesizer for pairs of both kinds."""
     sampled, stage = args.run / "sampled", ["--model", args.model, "--seed", str(args.seed)]
-    grpo = [part for name in ("steps", "num_prompts", "num_generations", "val_every", "lr")
+    grpo = [part for name in (
+        "steps", "num_prompts", "num_generations", "val_every", "lr", "paraphrase_weight", "limit_cost")
             for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
     run_program("03_reconstruct_score.py", "--run", str(args.run), *stage, "--scorers", "likelihood")
     run_program("04_select_sft.py", "--run", str(args.run), *stage, "--arms", ARMS, "--score", args.score)
@@ -428,7 +430,8 @@ def run_stages(args: argparse.Namespace) -> None:
         adapters["writer"] = args.run / "writer"
         grpo += ["--init-adapter", str(args.run / "writer")]
     run_program("05_rl_train.py", "--run", str(args.run), *stage, *grpo)
-    run_program("02_sample_candidates.py", "--run", str(sampled), *stage, "--num-samples", str(args.num_traces))
+    run_program("02_sample_candidates.py", "--run", str(sampled), *stage, "--num-samples", str(args.num_traces),
+                "--max-trace-tokens", str(args.max_trace_tokens))
     for tag, adapter in adapters.items():
         run_program("02_sample_candidates.py", "--run", str(sampled), *stage, "--tag", tag, "--adapter", str(adapter))
     run_program("06_evaluate.py", "--run", str(args.run), *stage, "--versus", "guarded", "--round-robin")
@@ -437,13 +440,16 @@ def run_stages(args: argparse.Namespace) -> None:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = speed.make_parser(
         __doc__, pairs=(12, "of each motive, for training and validation"), test_pairs=(6, "of each motive, held out"),
-        steps=(240, "of GRPO"), num_prompts=(4, "a step"), num_generations=(8, "traces a prompt in GRPO"),
-        val_every=(20, "steps between looks at validation pairs"), num_traces=(4, "sampled for each held-out pair"))
+        steps=(120, "of GRPO"), num_prompts=(12, "a step"), num_generations=(8, "traces a prompt in GRPO"),
+        val_every=(20, "steps between looks at validation pairs"), num_traces=(4, "sampled for each held-out pair"),
+        max_trace_tokens=(24, "in a sampled trace, at most; the longest cause has 19"))
     add = parser.add_argument
     add("--run", type=Path, default=Path("runs/planted"), metavar="DIR", help="of everything")
     add("--model", default="embedded", metavar="NAME", help="as in the stages")
     add("--seed", type=int, default=0, help="of the world and of the stages")
-    add("--lr", type=common.positive_float, default=2e-4, help="of GRPO")
+    add("--lr", type=common.positive_float, default=3e-4, help="of GRPO")
+    add("--paraphrase-weight", type=common.fraction, default=0.3, help="as in stage 5, which has 0.1")
+    add("--limit-cost", type=common.fraction, default=0.1, help="as in stage 5, which has 0.05; see docs/results.md")
     add("--writer", choices=("fitted", "base"), default="fitted", help="what GRPO starts from; see above")
     add("--score", choices=SCORES, default="contrast", help="what the arm recon is chosen by")
     return parser.parse_args(argv)
