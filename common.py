@@ -741,7 +741,7 @@ LEXICON = {
         over really she should so some than that that's the their them then there these they this those to too up us
         very was we well were what when where which while who why will with would yeah yes you your""",
     # Endings that are cut off before words are compared, the first that fits: 'hurting' and 'hurts' are both 'hurt'.
-    "endings": "'s ing edly ed ies es ly s er y e",
+    "endings": "e's er's y's s's 's ing edly ed ies es ly s er y e",
     # Regex: verbs of saying. A trace that reports the act ("Sam tells Alex that …") is near to a paraphrase.
     "speech_acts": r"""say|says|said|tells?|told|writes?|wrote|written|repl(?:y|ies|ied)|answer(?:s|ed)?|asks?|asked|
         responds?|responded|mentions?|mentioned|explain(?:s|ed)?|announce[sd]?|point(?:s|ed|ing)?\ out|joke[sd]?|
@@ -1172,15 +1172,15 @@ def stem(word: str) -> str:
             return word[:-len(ending)]
     return word
 
+def content_stems(text: str) -> set[str]:
+    return {stem(word) for word in words_of(text) if word not in word_set(LEXICON["function_words"])}
+
 def stem_overlap(trace: str, action: str, context: str) -> float:
     """Share of the stems of the action's content words that the trace holds and the context does not, 0 to 1.
 
     A single stem in common counts as none: a topic named is no paraphrase.
     """
-    empty = word_set(LEXICON["function_words"])
-    acted, said, known = ({stem(word) for word in words_of(text) if word not in empty}
-                          for text in (action, trace, context))
-    new = acted - known
+    said, new = content_stems(trace), content_stems(action) - content_stems(context)
     return len(new & said) / len(new) if len(new & said) > 1 else 0.0
 
 def detect_leaks(encoder: tuple[Any, Any], traces: Sequence[str], action: str, context: str) -> list[Leak]:
@@ -1221,12 +1221,13 @@ def is_well_formed(trace: str) -> bool:
 def credit_mask(tokenizer: Any, trace: str, action: str, context: str) -> list[bool]:
     """For each token of the encoded action: may the trace be credited for it?
 
-    Not if its word is a content word that the trace says and the context does not. Copying the action into the trace
-    then earns nothing for its content words, which a penalty on copied n-grams does not achieve.
+    Not if its word is a content word that the trace says, in any form, and the context does not. Copying the action
+    into the trace then earns nothing for its content words, which a penalty on copied n-grams does not achieve. In any
+    form, as GRPO found the loophole: "Sam wants guitars" for an action that sells a guitar.
     """
     action = break_tags(tokenizer, action)                         # as encode_data does: the tokens must be the same
-    said = set(words_of(trace)) - set(words_of(context)) - word_set(LEXICON["function_words"])
-    spans = [found.span() for found in WORD.finditer(action) if found.group().lower().replace("’", "'") in said]
+    said = content_stems(trace) - content_stems(context)
+    spans = [found.span() for found in WORD.finditer(action) if content_stems(found.group()) & said]
     encoded = tokenizer(action, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
     return [not any(start < e and s < end for s, e in spans) for start, end in encoded["offset_mapping"]]
 

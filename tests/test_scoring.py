@@ -90,7 +90,8 @@ def test_words_in_other_forms_and_order_overlap_but_not_those_of_the_context_and
 
 @pytest.mark.parametrize("trace, action, kept", [
     ("Sam writes: purple mice dance", "purple mice dance", ""), ("Sam isn’t sad", "The weeds isn't", "Theweeds"),
-    ("the weeds in the garden", "the Garden needs weeds pulled", "theGardenneedspulled")])
+    ("the weeds in the garden", "the Garden needs weeds pulled", "theGardenneedspulled"),
+    ("the certificate’s frame, guitars, selling", "sell the guitar, frame certificates", "the,")])
 def test_copying_the_action_into_the_trace_earns_nothing_for_its_content_words(tiny, trace, action, kept):
     mask = common.credit_mask(tiny.tokenizer, trace, action, "my garden")
     ids = common.encode_data(tiny.tokenizer, action)
