@@ -1173,6 +1173,7 @@ def stem(word: str) -> str:
     return word
 
 def content_stems(text: str) -> set[str]:
+    """The stems of a text's content words."""
     return {stem(word) for word in words_of(text) if word not in word_set(LEXICON["function_words"])}
 
 def stem_overlap(trace: str, action: str, context: str) -> float:
