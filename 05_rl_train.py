@@ -398,7 +398,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("reward").add_argument
     add("--reward", choices=("contrast", "likelihood", "cosine"), help="unset: contrast for recon, likelihood for e2e")
     add("--negatives", **common.COUNT, default=3, help="other actions for the score contrast")
-    add("--paraphrase-weight", type=common.fraction, default=0.1, help="what a whole paraphrase costs, nats a token; "
+    add("--paraphrase-weight", type=common.fraction, default=0.2, help="what a whole paraphrase costs, nats a token; "
         "with --reward likelihood what quoting all 4-grams costs")
     add("--limit-cost", type=common.fraction, default=0.05, help="what running to the token limit costs, nats a token; "
         "with --reward contrast")

@@ -448,7 +448,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--model", default="embedded", metavar="NAME", help="as in the stages")
     add("--seed", type=int, default=0, help="of the world and of the stages")
     add("--lr", type=common.positive_float, default=3e-4, help="of GRPO")
-    add("--paraphrase-weight", type=common.fraction, default=0.3, help="as in stage 5, which has 0.1")
+    add("--paraphrase-weight", type=common.fraction, default=0.3, help="as in stage 5, which has 0.2")
     add("--limit-cost", type=common.fraction, default=0.1, help="as in stage 5, which has 0.05; see docs/results.md")
     add("--writer", choices=("fitted", "base"), default="fitted", help="what GRPO starts from; see above")
     add("--score", choices=SCORES, default="contrast", help="what the arm recon is chosen by")
