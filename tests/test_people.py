@@ -39,6 +39,11 @@ def run(tmp_path):
     return tmp_path
 
 
+def wait_for_sheet(browser):
+    browser.value("new Promise(done => { const look = () => document.getElementById('place').textContent ? done() : "
+                  "setTimeout(look, 20); look(); })")
+
+
 def read_key(run):
     return common.read_rows(run / "human.key.jsonl", people.Item)
 
@@ -79,11 +84,13 @@ def test_equal_messages_are_not_shown(run, capsys):
 def test_ten_judgements_by_key_survive_a_reload_and_are_compared_with_the_judge(run, browser, capsys):
     place = lambda: browser.value("document.getElementById('place').textContent")
     browser.open(run / "human.html")
+    wait_for_sheet(browser)
     for key in KEYS[:4]:
         browser.press(key)
     for key in ("ArrowLeft", "b", "ArrowLeft", "a"):                                 # the fourth, to B and back to A
         browser.press(key)
     browser.reload()
+    wait_for_sheet(browser)
     assert place() == "5 of 10, 4 judged"
     for key in KEYS[4:]:
         browser.press(key)
@@ -118,6 +125,7 @@ def test_ten_judgements_by_key_survive_a_reload_and_are_compared_with_the_judge(
 @pytest.mark.parametrize("width", [400, 1100])
 def test_hostile_text_stays_text_and_nothing_is_wider_than_the_screen(run, browser, width):
     browser.open(run / "human.html", width)
+    wait_for_sheet(browser)
     for place in ("first", "second", "turns"):
         assert HOSTILE in browser.value(f"document.getElementById('{place}').textContent")
     assert browser.value("document.images.length") == 0
